@@ -1,0 +1,13 @@
+"""Kernels of a mixture-of-experts transformer as public functions on jax arrays; depends on jax alone.
+
+Each op is a package: the public function with its checks, a definition in plain jax.numpy, and the implementations that
+are chosen by the platform a program is lowered for.
+"""
+
+# The functions are bound plainly, not lazily: `attention` and `grouped_matmul` are also the names of the sub-packages,
+# and the import of a sub-package would shadow a lazy attribute of the same name.
+from pallas_kernels.attention import attention
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.norm_rope import rms_norm, rms_norm_rope
+
+__all__ = ["attention", "grouped_matmul", "rms_norm", "rms_norm_rope"]

@@ -1,0 +1,77 @@
+"""Attention over blocks of queries, so that the scores of all queries are never in memory at once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.attention import reference
+
+# Scores held at once: 2**26 float32 are 256 MiB.
+MAX_SCORES = 2**26
+
+
+def query_block(batch: int, heads: int, length: int, slots: int, max_scores: int = MAX_SCORES) -> int:
+    """Gives the number of queries a block holds: all of them, or the largest power of two within the bound.
+
+    Args:
+        batch: B.
+        heads: N.
+        length: T.
+        slots: S.
+        max_scores: bound on B * N * block * S.
+
+    Returns:
+        At least 1, at most max(length, 1).
+    """
+    fitting = max(max_scores // max(batch * heads * slots, 1), 1)
+    return max(length, 1) if fitting >= length else 1 << (fitting.bit_length() - 1)
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    q_segments: Int32[Array, "B T"],
+    k_segments: Int32[Array, "B S"],
+    q_slots: Int32[Array, "B T"],
+    window: int | None,
+    scale: float,
+    max_scores: int = MAX_SCORES,
+) -> Float[Array, "B T N H"]:
+    """Computes the reference's attention block by block of queries; each block's scores are made again in the gradient.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        q_segments: document of each query, 0 for padding.
+        k_segments: document of each key slot, 0 for padding.
+        q_slots: the key slot of each query.
+        window: number of slots a query sees, or None.
+        scale: factor of the scores.
+        max_scores: bound on the scores of a block.
+
+    Returns:
+        As `reference.attention`.
+    """
+    batch, length, heads, _ = q.shape
+    block = query_block(batch, heads, length, k.shape[2], max_scores)
+    if block >= length:
+        return reference.attention(q, k, v, q_segments, k_segments, q_slots, window, scale)
+
+    count = -(-length // block)
+
+    def split(x: Array) -> Array:
+        # Padding queries are of segment 0 and see nothing.
+        padded = jnp.pad(x, [(0, 0), (0, count * block - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(batch, count, block, *x.shape[2:]), 1, 0)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one_block(queries: tuple[Array, Array, Array]) -> Array:
+        q, q_segments, q_slots = queries
+        return reference.attention(q, k, v, q_segments, k_segments, q_slots, window, scale)
+
+    out = jax.lax.map(one_block, (split(q), split(q_segments), split(q_slots)))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, count * block, *q.shape[2:])[:, :length]

@@ -1,0 +1,54 @@
+"""The command line: `qwen3-jax COMMAND ...`. Each command is a file beside this one, imported only when it is called."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from qwen3_jax import __version__
+
+COMMANDS = {
+    "convert": "Hugging Face folder to native (Orbax) form or back, streaming",
+    "inspect": "what a model folder holds: shape, parameters, bytes, tensors",
+    "generate": "complete prompts",
+    "chat": "talk to a model, thinking or not",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words after the program's name; the process's own when None.
+
+    Returns:
+        Exit code: 0, 1 for a failure, 2 for bad input.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if words[0] == "--version":
+        print(f"qwen3-jax {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"qwen3-jax: unknown command {words[0]!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    command = importlib.import_module(f"qwen3_jax.cli.{words[0]}")
+    try:
+        return command.main(words[1:])
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        # What the API refuses at its door; anything else is a fault of ours and keeps its traceback.
+        print(f"qwen3-jax {words[0]}: {error}", file=sys.stderr)
+        return 2
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
+    return f"usage: qwen3-jax COMMAND ...\n\ncommands:\n{rows}\n\n`qwen3-jax COMMAND --help` shows its options."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Writing text: the cache, sampling, the jitted loop, scoring."""

@@ -1,0 +1,31 @@
+"""Making the cache that a call of the model continues from."""
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from qwen3_jax.model.cache import Cache
+from qwen3_jax.model.transformer import Qwen3
+
+
+def init_cache(model: Qwen3, batch: int, length: int, dtype: DTypeLike | None = None) -> Cache:
+    """An empty cache.
+
+    Args:
+        model: whose layers it serves.
+        batch: rows.
+        length: slots per row: prompt, padding and new tokens together.
+        dtype: of keys and values; the model's compute dtype when None.
+
+    Returns:
+        The cache: 2 * L * B * K * S * H values.
+
+    Raises:
+        ValueError: batch or length below 1.
+    """
+    if batch < 1 or length < 1:
+        raise ValueError(f"a cache needs at least one row and one slot, found batch={batch}, length={length}")
+    config = model.config
+    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
+    dtype = model.dtype if dtype is None else dtype
+    rows = jnp.zeros((batch,), jnp.int32)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, length), jnp.int32), rows, rows)

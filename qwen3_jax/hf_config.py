@@ -1,0 +1,354 @@
+"""config.json, read as transformers 4.x and 5.x write it, and written so that both read the same model."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import warnings
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from qwen3_jax.config import (
+    ROPE_KEYS,
+    ConfigError,
+    DualChunkAttention,
+    Quantization,
+    Qwen3Config,
+    RopeScaling,
+)
+
+MODEL_TYPES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+
+# Two spellings of one field: 5.x's and 4.x's.
+SPELLINGS = {"num_local_experts": "num_experts", "torch_dtype": "dtype"}
+
+# What transformers takes where the file is silent, when it is not what the family's files say.
+ABSENT = {
+    "qwen3": dict(
+        intermediate_size=22016,
+        num_hidden_layers=32,
+        num_key_value_heads=32,
+        max_position_embeddings=32768,
+        rope_theta=1e4,
+    ),
+    "qwen3_moe": dict(
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        max_position_embeddings=32768,
+        rope_theta=1e4,
+        num_experts=128,
+        norm_topk_prob=False,
+    ),
+}
+
+# Keys that change nothing that is computed here: of every transformers model, and of how a file came to be.
+INERT = frozenset(
+    """_name_or_path _attn_implementation _attn_implementation_autoset add_cross_attention architectures auto_map bad_words_ids
+    begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample
+    early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty max_length min_length model_type
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states output_scores
+    prefix problem_type pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
+    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torchscript
+    transformers_version typical_p use_bfloat16 use_cache transformers.js_config pretraining_tp""".split()
+)
+
+# Keys of other members of the house: accepted with the one value that means "as Qwen3 does it".
+FIXED = {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0}
+
+_FIELDS = {field.name: field for field in dataclasses.fields(Qwen3Config)}
+
+
+def read_config(source: str | PathLike[str] | Mapping[str, Any], strict: bool) -> Qwen3Config:
+    """Qwen3Config.from_hf.
+
+    Args:
+        source: a folder with a config.json, or the content of one.
+        strict: refuse unknown top-level keys.
+
+    Returns:
+        The config.
+
+    Raises:
+        ConfigError: names the file and key, what was found and what is accepted.
+    """
+    if isinstance(source, Mapping):
+        return _parse(dict(source), strict)
+    file = Path(source) / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{file} is not there: accepted is a folder that holds a config.json")
+    try:
+        content = json.loads(file.read_text("utf-8"), object_pairs_hook=_unique)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, ConfigError) as error:
+        raise ConfigError(f"{file}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} holds a JSON {type(content).__name__}: accepted is an object")
+    try:
+        return _parse(content, strict)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ConfigError(f"the key {', '.join(twice)} stands twice")
+    return content
+
+
+def _parse(content: dict[str, Any], strict: bool) -> Qwen3Config:
+    model_type = content.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ConfigError(f"model_type is {model_type!r}: read are {' and '.join(MODEL_TYPES)}")
+    for new, name in SPELLINGS.items():
+        if new in content:
+            given = content.pop(new)
+            if name in content and content[name] is not None and given is not None and content[name] != given:
+                raise ConfigError(f"{new} is {given!r} but {name} is {content[name]!r}: they name one thing")
+            if content.get(name) is None:
+                content[name] = given
+    values: dict[str, Any] = dict(ABSENT[model_type])
+    values.update(_rope(content))
+    layer_types = content.pop("layer_types", None)
+    for key, given in content.items():
+        if key in INERT:
+            continue
+        if key in FIXED:
+            if given is not None and given != FIXED[key]:
+                raise ConfigError(f"{key} is {given!r}: accepted is {FIXED[key]!r}")
+        elif key in _FIELDS:
+            value = _value(key, given)
+            if value is not None or "None" in str(_FIELDS[key].type):
+                values[key] = value
+        else:
+            _unknown(key, strict)
+    if model_type == "qwen3":
+        if values.get("num_experts"):
+            raise ConfigError(f"num_experts is {values['num_experts']} but model_type is 'qwen3': accepted is 'qwen3_moe'")
+        values["num_experts"] = 0
+    elif not values.get("num_experts"):
+        raise ConfigError("model_type 'qwen3_moe' needs num_experts above 0")
+    if "head_dim" not in values:
+        # Only an absent head_dim is worked out, as each class of transformers does it.
+        width, heads = values.get("hidden_size", 4096), values.get("num_attention_heads", 32)
+        values["head_dim"] = 128 if model_type == "qwen3" else max(1, width // max(1, heads))
+    if not values.get("use_sliding_window"):
+        values["sliding_window"] = None
+    config = Qwen3Config(**values)
+    if layer_types is not None:
+        _check_layer_types(config, layer_types)
+    return config
+
+
+def _unknown(key: str, strict: bool) -> None:
+    near = difflib.get_close_matches(key, [*_FIELDS, *SPELLINGS, "rope_parameters", "layer_types"], 1)
+    message = f"config.json has an unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    if strict:
+        raise ConfigError(message)
+    warnings.warn(f"{message}; it is ignored", UserWarning, stacklevel=5)
+
+
+def _value(key: str, given: Any) -> Any:
+    """A top-level value checked against its field's type."""
+    kind = str(_FIELDS[key].type)
+    optional = "None" in kind
+    if given is None:
+        if optional or key in ("head_dim", "num_key_value_heads", "mlp_only_layers", "dtype", "num_experts"):
+            return None
+        raise ConfigError(f"{key} is null: accepted is {kind}")
+    if key == "dual_chunk_attention_config":
+        return _table(key, given, DualChunkAttention)
+    if key == "quantization_config":
+        return _table(key, given, Quantization)
+    if key == "mlp_only_layers":
+        return tuple(_number(key, layer, "int") for layer in _list(key, given))
+    if key == "eos_token_id" and isinstance(given, list):
+        return tuple(_number(key, token, "int") for token in given)
+    if key == "dtype" and isinstance(given, str):
+        given = given.removeprefix("torch.")
+    return _number(key, given, kind.split(" ")[0])
+
+
+def _number(key: str, given: Any, kind: str) -> Any:
+    """A value of one JSON kind; an int may stand for a float, a bool for nothing else."""
+    if kind == "float" and isinstance(given, int | float) and not isinstance(given, bool):
+        return float(given)
+    if kind == "int" and isinstance(given, int) and not isinstance(given, bool):
+        return given
+    if kind == "bool" and isinstance(given, bool):
+        return given
+    if kind == "str" and isinstance(given, str):
+        return given
+    raise ConfigError(f"{key} is {given!r}: accepted is {kind}")
+
+
+def _list(key: str, given: Any) -> list[Any]:
+    if not isinstance(given, list | tuple):
+        raise ConfigError(f"{key} is {given!r}: accepted is a list")
+    return list(given)
+
+
+def _table(key: str, given: Any, kind: type) -> Any:
+    """A nested object into its dataclass; every key of it must be known."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{key} is {given!r}: accepted is an object")
+    fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in fields:
+            raise ConfigError(f"{key} has an unknown key {name!r}: accepted are {', '.join(fields)}")
+        where = f"{key}.{name}"
+        if name == "sparse_attention_config":
+            if not isinstance(value, Mapping | list | None):
+                raise ConfigError(f"{where} is {value!r}: accepted is an object or a list")
+            values[name] = None if value is None else json.dumps(value)
+        elif fields[name].startswith("tuple[int"):
+            values[name] = tuple(_number(where, item, "int") for item in _list(where, value))
+        elif fields[name].startswith("tuple[str"):
+            values[name] = tuple(_number(where, item, "str") for item in _list(where, value or []))
+        elif value is not None or "None" not in fields[name]:
+            values[name] = _number(where, value, fields[name].split(" ")[0])
+    return kind(**values)
+
+
+def _rope(content: dict[str, Any]) -> dict[str, Any]:
+    """rope_theta and rope_scaling out of 4.x's keys, 5.x's rope_parameters, or both where they agree."""
+    found = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        table = content.pop(key, None)
+        if table is not None:
+            found[key] = _rope_table(key, table)
+    if len(found) == 2:
+        (scaling, old_theta), (parameters, theta) = found["rope_scaling"], found["rope_parameters"]
+        if scaling != parameters or (None not in (old_theta, theta) and old_theta != theta):
+            raise ConfigError("rope_scaling and rope_parameters disagree: accepted is one of them, or both saying the same")
+    values: dict[str, Any] = {}
+    for scaling, theta in found.values():
+        values["rope_scaling"] = scaling
+        if theta is not None:
+            values["rope_theta"] = theta
+    theta = content.pop("rope_theta", None)
+    if theta is not None:
+        theta = _number("rope_theta", theta, "float")
+        if "rope_theta" in values and values["rope_theta"] != theta:
+            raise ConfigError(f"rope_theta is {theta} but rope_parameters says {values['rope_theta']}")
+        values["rope_theta"] = theta
+    return values
+
+
+def _rope_table(key: str, table: Any) -> tuple[RopeScaling | None, float | None]:
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{key} is {table!r}: accepted is an object")
+    table = dict(table)
+    theta = table.pop("rope_theta", None)
+    if theta is not None:
+        theta = _number(f"{key}.rope_theta", theta, "float")
+    kinds = {table.pop(name) for name in ("rope_type", "type") if isinstance(table.get(name), str)}
+    if len(kinds) > 1:
+        raise ConfigError(f"{key} has rope_type and type with different values: {', '.join(sorted(kinds))}")
+    for name in ("rope_type", "type"):
+        if name in table:
+            raise ConfigError(f"{key}.{name} is {table[name]!r}: accepted is str")
+    if not kinds and table:
+        raise ConfigError(f"{key} has no rope_type: accepted are default, {', '.join(ROPE_KEYS)}")
+    kind: Any = kinds.pop() if kinds else "default"
+    if kind != "default" and kind not in ROPE_KEYS:
+        raise ConfigError(f"{key}: rope_type is {kind!r}; accepted are default, {', '.join(ROPE_KEYS)}")
+    required, optional = ROPE_KEYS.get(kind, ((), ()))
+    types = {field.name: str(field.type) for field in dataclasses.fields(RopeScaling)}
+    values: dict[str, Any] = {"kind": kind}
+    for name, value in table.items():
+        if name not in required + optional:
+            accepted = ", ".join(("rope_type", "rope_theta", *required, *optional))
+            raise ConfigError(f"{key} has an unknown key {name!r} for rope_type {kind!r}: accepted are {accepted}")
+        where = f"{key}.{name}"
+        if value is None:
+            values[name] = None
+        elif types[name].startswith("tuple"):
+            values[name] = tuple(_number(where, item, "float") for item in _list(where, value))
+        else:
+            values[name] = _number(where, value, types[name].split(" ")[0])
+    try:
+        return (None if kind == "default" else RopeScaling(**values)), theta
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def _check_layer_types(config: Qwen3Config, layer_types: Any) -> None:
+    names = {False: "full_attention", True: "sliding_attention"}
+    expected = [names[config.block_kind(layer).sliding] for layer in range(config.num_hidden_layers)]
+    if _list("layer_types", layer_types) != expected:
+        raise ConfigError(
+            "layer_types disagrees with use_sliding_window, sliding_window and max_window_layers: accepted is "
+            f"{expected.count('full_attention')} full_attention, then {expected.count('sliding_attention')} sliding_attention"
+        )
+
+
+def config_dict(config: Qwen3Config) -> dict[str, Any]:
+    """Qwen3Config.to_hf: a config.json for transformers 4.x and 5.x alike.
+
+    Args:
+        config: the model's.
+
+    Returns:
+        JSON values. Position is written in both spellings: 4.x reads rope_theta and rope_scaling, 5.x rope_parameters.
+    """
+    model_type = "qwen3_moe" if config.num_experts else "qwen3"
+    experts = {
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+        "router_aux_loss_coef",
+        "output_router_logits",
+    }
+    content: dict[str, Any] = {"architectures": [MODEL_TYPES[model_type]], "model_type": model_type}
+    for name in _FIELDS:
+        value = getattr(config, name)
+        if name in experts and not config.num_experts:
+            continue
+        if name in ("quantization_config", "dual_chunk_attention_config"):
+            if value is not None:
+                content[name] = _written(value)
+        elif name == "rope_scaling":
+            content[name] = _rope_written(config)
+        else:
+            content["torch_dtype" if name == "dtype" else name] = list(value) if isinstance(value, tuple) else value
+    content["rope_parameters"] = {
+        "rope_theta": config.rope_theta,
+        **(content["rope_scaling"] or {"rope_type": "default"}),
+    }
+    return content
+
+
+def _rope_written(config: Qwen3Config) -> dict[str, Any] | None:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return None
+    values = {name: value for name, value in dataclasses.asdict(scaling).items() if value is not None and name != "kind"}
+    return {
+        "rope_type": scaling.kind,
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
+    }
+
+
+def _written(value: Any) -> dict[str, Any]:
+    content = {}
+    for name, item in dataclasses.asdict(value).items():
+        if item is None:
+            continue
+        if name == "sparse_attention_config":
+            content[name] = json.loads(item)
+        else:
+            content[name] = list(item) if isinstance(item, tuple) else item
+    return content

@@ -1,0 +1,1 @@
+"""The network, as flax.nnx modules."""

@@ -1,0 +1,111 @@
+"""Grouped-query attention with per-head norms on queries and keys, rotated by position, with or without a cache."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+import pallas_kernels
+from qwen3_jax.config import Qwen3Config
+from qwen3_jax.model.cache import KeyValues
+from qwen3_jax.model.mlp import Projection
+from qwen3_jax.model.norm import RMSNorm
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the T tokens of a call stand: computed once, read by every layer.
+
+    Attributes:
+        cos, sin: [B, T, H] float32, the rotation of each token (qwen3_jax.model.rope).
+        slots: [B, T] int32, each token's index along the key axis: what causality and the window are measured in.
+        segments: [B, T] int32, each token's document, 0 for padding.
+        key_segments: [B, S] int32, the document of every key slot; `segments` itself without a cache.
+        starts: [B] int32, the slot that each row's first token is written to.
+    """
+
+    cos: Any
+    sin: Any
+    slots: Any
+    segments: Any
+    key_segments: Any
+    starts: Any
+
+
+class Attention(nnx.Module):
+    """Projections, norms, rotation, the attention op, output projection."""
+
+    def __init__(self, config: Qwen3Config, sliding: bool, key: jax.Array, *, param_dtype: DTypeLike):
+        d, n, k, h = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        keys = jax.random.split(key, 4)
+        options = dict(stddev=config.initializer_range, param_dtype=param_dtype)
+
+        def projection(equation, shape, axes, key, outputs, bias_axes):
+            bias = (outputs, bias_axes) if config.attention_bias else None
+            return Projection(equation, shape, axes, key, bias=bias, **options)
+
+        query, kv = ("heads", "head_dim"), ("kv_heads", "head_dim")
+        self.q = projection("btd,nhd->btnh", (n, h, d), (*query, "embed"), keys[0], 2, query)
+        self.k = projection("btd,khd->btkh", (k, h, d), (*kv, "embed"), keys[1], 2, kv)
+        self.v = projection("btd,khd->btkh", (k, h, d), (*kv, "embed"), keys[2], 2, kv)
+        self.o = projection("btnh,dnh->btd", (d, n, h), ("embed", *query), keys[3], 1, ("norm",))
+        self.q_norm = RMSNorm(h, config.rms_norm_eps, param_dtype=param_dtype)
+        self.k_norm = RMSNorm(h, config.rms_norm_eps, param_dtype=param_dtype)
+        self.window = config.sliding_window if sliding else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], places: Places, cache: KeyValues | None, layer: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
+        """Attention of the tokens over themselves, or over the cache that they are first written to.
+
+        Args:
+            x: normalised input.
+            places: where the tokens stand.
+            cache: keys and values of all layers, or None.
+            layer: which layer of the cache is this one's; may be traced.
+
+        Returns:
+            The layer's output in x's dtype, and the cache with the tokens' keys and values.
+        """
+        eps = self.q_norm.eps
+        q = pallas_kernels.rms_norm_rope(self.q(x), self.q_norm.weight[...], places.cos, places.sin, eps)
+        k = pallas_kernels.rms_norm_rope(self.k(x), self.k_norm.weight[...], places.cos, places.sin, eps)
+        q = checkpoint_name(q, "attention_q")
+        k = checkpoint_name(k, "attention_k").swapaxes(1, 2)
+        v = checkpoint_name(self.v(x), "attention_v").swapaxes(1, 2)
+        if cache is not None:
+            cache = KeyValues(_written(cache.k, k, layer, places.starts), _written(cache.v, v, layer, places.starts))
+            k, v = (jax.lax.dynamic_index_in_dim(side, layer, keepdims=False).astype(x.dtype) for side in (cache.k, cache.v))
+        out = pallas_kernels.attention(
+            q,
+            k,
+            v,
+            q_segments=places.segments,
+            k_segments=places.key_segments,
+            q_slots=places.slots,
+            window=self.window,
+        )
+        return self.o(checkpoint_name(out, "attention_out")), cache
+
+
+def _written(
+    stack: Float[Array, "L B K S H"], new: Float[Array, "B K T H"], layer: Int[Array, ""] | int, starts: Int[Array, "B"]
+) -> Float[Array, "L B K S H"]:
+    """The stack with each row's tokens written at that row's own slot.
+
+    A loop over rows of plain slice updates: the one scatter that says the same needs 8 x the temporary memory on a TPU.
+    """
+    new = new.astype(stack.dtype)
+
+    def write(row, stack):
+        piece = jax.lax.dynamic_slice_in_dim(new, row, 1, axis=0)[None]
+        return jax.lax.dynamic_update_slice(stack, piece, (layer, row, 0, starts[row], 0))
+
+    if new.shape[0] == 1:
+        return write(0, stack)
+    return jax.lax.fori_loop(0, new.shape[0], write, stack)

@@ -1,0 +1,59 @@
+"""How a parameter is declared: initialiser, shape, logical axes, dtype."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from qwen3_jax.parallel.rules import meshless
+
+
+class ExpertParam(nnx.Param):
+    """A weight with one matrix per expert, which a kernel may read from the stack of layers where it lies."""
+
+
+def normal_param(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    *,
+    stddev: float,
+    dtype: DTypeLike,
+    kind: type[nnx.Param] = nnx.Param,
+) -> nnx.Param:
+    """A weight drawn from N(0, stddev squared), as the family initialises them.
+
+    Args:
+        key: PRNG key.
+        shape: the weight's shape, `[out, in]` where it is a projection.
+        axes: a logical name per axis (qwen3_jax.parallel.rules).
+        stddev: standard deviation, `initializer_range` of the config.
+        dtype: storage dtype.
+        kind: the Param class, ExpertParam for weights of experts.
+
+    Returns:
+        The parameter.
+    """
+    return _param(kind, stddev * jax.random.normal(key, shape, dtype), axes)
+
+
+def constant_param(value: float, shape: tuple[int, ...], axes: tuple[str, ...], dtype: DTypeLike) -> nnx.Param:
+    """A norm's weight (1) or a bias (0).
+
+    Args:
+        value: what every element begins as.
+        shape: the parameter's shape.
+        axes: a logical name per axis (qwen3_jax.parallel.rules).
+        dtype: storage dtype.
+
+    Returns:
+        The parameter.
+    """
+    return _param(nnx.Param, jnp.full(shape, value, dtype), axes)
+
+
+def _param(kind: type[nnx.Param], value: jax.Array, axes: tuple[str, ...]) -> nnx.Param:
+    if len(axes) != value.ndim:
+        raise ValueError(f"{value.ndim} axes of shape {value.shape} need as many names, found {axes}")
+    # Without a mesh flax would refuse names that it cannot turn into a sharding at once.
+    return kind(value, out_sharding=axes, eager_sharding=not meshless())

@@ -1,0 +1,230 @@
+"""The network: word vectors in, segments of scanned layers, final norm, logits out."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from qwen3_jax.config import BlockKind, Qwen3Config
+from qwen3_jax.model.attention import Places
+from qwen3_jax.model.block import Block
+from qwen3_jax.model.cache import Cache, KeyValues
+from qwen3_jax.model.embed import Embed
+from qwen3_jax.model.norm import RMSNorm
+from qwen3_jax.model.param import ExpertParam
+from qwen3_jax.model.places import place
+from qwen3_jax.model.remat import rematerialised
+
+Carry = tuple[jax.Array, KeyValues | None]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a call of the model returns. A pytree.
+
+    Attributes:
+        logits: [B, T, V] float32, or None when only hidden states were asked for.
+        hidden: [B, T, D] after the final norm, in the compute dtype.
+        router: [L_moe, B, T, E] float32, router logits of the MoE layers in order; L_moe is 0 for a dense model.
+        cache: the cache after this call, or None when none was given.
+    """
+
+    logits: Any
+    hidden: Any
+    router: Any
+    cache: Any
+
+
+class Unit(nnx.Module):
+    """The layers that one step of a segment's scan runs; every parameter of it is stacked over the segment's repeats."""
+
+    def __init__(self, config: Qwen3Config, kinds: tuple[BlockKind, ...], key: jax.Array, *, param_dtype: DTypeLike):
+        keys = jax.random.split(key, len(kinds))
+        self.blocks = nnx.List([Block(config, kind, keys[i], param_dtype=param_dtype) for i, kind in enumerate(kinds)])
+
+
+class Qwen3(nnx.Module):
+    """Qwen3, dense or mixture-of-experts. A pytree: jit, grad and vmap it as usual.
+
+    `config` is its Qwen3Config, `dtype` the compute dtype, `segments` the stacked layers, one Unit per segment of
+    `config.segments()`. Every weight lies as the hub stores it, `[out, in]`, behind its layer axis.
+    """
+
+    def __init__(
+        self,
+        config: Qwen3Config,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.bfloat16,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        """Declare and initialise every parameter.
+
+        Args:
+            config: the model's shape.
+            rngs: gives one key; none is kept.
+            dtype: compute dtype.
+            param_dtype: storage dtype of parameters.
+        """
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        segments = config.segments()
+        embed_key, head_key, *keys = jax.random.split(rngs.params(), 2 + len(segments))
+        self.embed = Embed(config, embed_key, param_dtype=param_dtype)
+        self.segments = nnx.List([])
+        for segment, key in zip(segments, keys, strict=True):
+
+            @nnx.transform_metadata(in_axes=0, out_axes=0, partition="layers")
+            def unit(key: jax.Array, kinds: tuple[BlockKind, ...] = segment.unit) -> Unit:
+                return Unit(config, kinds, key, param_dtype=param_dtype)
+
+            self.segments.append(jax.vmap(unit)(jax.random.split(key, segment.repeats)))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
+        # Tied embeddings are one parameter: a second attribute holding the same Variable would be untied by jax.
+        self.lm_head = nnx.data(None if config.tie_word_embeddings else Embed(config, head_key, param_dtype=param_dtype))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        output: Literal["logits", "hidden"] = "logits",
+        *,
+        remat: str = "none",
+        layers: Sequence[Block] | None = None,
+    ) -> Output:
+        """Run the network. Pure and jittable.
+
+        Args:
+            tokens: words, 0 <= token < V.
+            positions: position of each token within its document; by default they restart in each segment and go on from
+                the cache.
+            segment_ids: document of each token, int32, 0 is padding; by default all of a row is one document.
+            cache: keys and values to continue from. Each row's tokens are written at its own length, and its length then
+                stands just past its last token that is not padding. There must be room for T more slots in every row.
+            output: "hidden" leaves the logits out.
+            remat: what the backward pass keeps (qwen3_jax.model.remat).
+            layers: the layers one by one instead of this model's stacks (qwen3_jax.generation.unstack makes them).
+
+        Returns:
+            Logits, hidden states, router logits and cache.
+
+        Raises:
+            ValueError: inputs of wrong rank, dtype or shape, a cache with too few slots, an unknown output or policy.
+        """
+        _check_inputs(self.config, tokens, positions, segment_ids, cache, output)
+        places, lengths, next_positions = place(self.config, tokens, positions, segment_ids, cache)
+        x = self.embed(tokens, self.dtype)
+        carry: Carry = (x, None if cache is None else KeyValues(cache.k, cache.v))
+        if layers is None:
+            carry, routers = self._scan(carry, places, remat)
+        else:
+            carry, routers = _run(layers, carry, places, range(len(layers)), None)
+            routers = [jnp.stack(routers)] if routers else []
+        x, key_values = carry
+        hidden = self.norm(x)
+        batch, length = tokens.shape
+        empty = jnp.zeros((0, batch, length, self.config.num_experts), jnp.float32)
+        if cache is not None and key_values is not None:
+            cache = Cache(
+                k=key_values.k,
+                v=key_values.v,
+                segments=places.key_segments,
+                lengths=lengths,
+                positions=next_positions,
+            )
+        return Output(
+            logits=self.logits(hidden) if output == "logits" else None,
+            hidden=hidden,
+            router=jnp.concatenate(routers) if routers else empty,
+            cache=cache,
+        )
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Float32 logits of hidden states that the final norm has passed."""
+        return (self.embed if self.lm_head is None else self.lm_head).logits(hidden)
+
+    def _scan(self, carry: Carry, places: Places, remat: str) -> tuple[Carry, list[jax.Array]]:
+        """All segments, one scan each; router logits [layers of the segment, B, T, E] of each segment that has experts."""
+        routers, first = [], 0
+        for unit, segment in zip(self.segments, self.config.segments(), strict=True):
+            graph, experts, rest = nnx.split(unit, ExpertParam, ...)
+            # With a cache nothing is differentiated: expert weights stay out of the scan's slices, and the grouped matmul reads
+            # its layer from the stack. In training a slice is what the gradient wants.
+            whole = carry[1] is not None
+
+            size = len(segment.unit)
+
+            def body(carry: Carry, step, graph=graph, experts=experts, first=first, size=size, whole=whole):
+                repeat, sliced = step
+                parts = (experts, sliced) if whole else sliced
+                blocks = nnx.merge(graph, *parts).blocks
+                indices = [first + repeat * size + i for i in range(size)]
+                carry, router = _run(blocks, carry, places, indices, repeat if whole else None)
+                return carry, jnp.stack(router) if router else None
+
+            steps = (jnp.arange(segment.repeats), rest if whole else (experts, rest))
+            carry, router = jax.lax.scan(rematerialised(body, remat), carry, steps)
+            if router is not None:
+                routers.append(router.reshape(-1, *router.shape[2:]))
+            first += segment.repeats * size
+        return carry, routers
+
+
+def _run(
+    blocks: Sequence[Block], carry: Carry, places: Places, indices: Sequence[int | jax.Array], repeat: jax.Array | None
+) -> tuple[Carry, list[jax.Array]]:
+    """These layers one after another; the router logits of those with experts."""
+    x, cache = carry
+    routers = []
+    for block, index in zip(blocks, indices, strict=True):
+        x, cache, router = block(x, places, cache, index, repeat)
+        if router is not None:
+            routers.append(router)
+    return (x, cache), routers
+
+
+def _check_inputs(
+    config: Qwen3Config,
+    tokens: jax.Array,
+    positions: jax.Array | None,
+    segment_ids: jax.Array | None,
+    cache: Cache | None,
+    output: str,
+) -> None:
+    if output not in ("logits", "hidden"):
+        raise ValueError(f"output={output!r}: accepted are 'logits' and 'hidden'")
+    for name, array in (("tokens", tokens), ("positions", positions), ("segment_ids", segment_ids)):
+        if array is None:
+            continue
+        if array.ndim != 2 or not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers [B, T], found {array.dtype}{list(array.shape)}")
+        if array.shape != tokens.shape:
+            raise ValueError(f"{name} is {list(array.shape)}, tokens are {list(tokens.shape)}: the shapes must be equal")
+    batch, length = tokens.shape
+    if length == 0:
+        raise ValueError("tokens has no columns: a call needs at least one token per row")
+    if cache is not None:
+        if cache.k.shape[1] != batch:
+            raise ValueError(f"the cache has {cache.k.shape[1]} rows, tokens {batch}")
+        room = cache.capacity
+        if not isinstance(cache.lengths, jax.core.Tracer):
+            room -= int(cache.lengths.max())
+        if length > room:
+            raise ValueError(f"{length} tokens do not fit the cache: {room} of its {cache.capacity} slots are free")
+    chunked = config.dual_chunk_attention_config
+    if chunked is not None:
+        reach = length if cache is None else cache.capacity
+        whole = chunked.chunk_size - chunked.local_size
+        if reach > whole:
+            raise ValueError(
+                f"{reach} slots with dual_chunk_attention_config: up to chunk_size - local_size = {whole} it equals plain "
+                "attention and is served; longer needs dual chunk attention, which is not built yet"
+            )

@@ -1,0 +1,140 @@
+"""One step of training, as a pure function of a state and a batch."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from qwen3_jax.config import Qwen3Config
+from qwen3_jax.model.transformer import Qwen3
+from qwen3_jax.parallel.abstract import abstract_model
+from qwen3_jax.training.losses import cross_entropy, load_balancing_loss
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step reads and writes. A pytree, donated to the step.
+
+    Attributes:
+        step: int32 scalar, steps done.
+        params: nnx.State of every nnx.Param of the model.
+        opt_state: the optimizer's.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One batch of rows, each a document or several packed ones.
+
+    Attributes:
+        tokens: [B, T] int32.
+        labels: [B, T] int32, the word that follows each token.
+        mask: [B, T], weight of each label in the loss; 0 leaves it out.
+        segment_ids: [B, T] int32, the document of each token, 0 padding; None: each row is one document.
+    """
+
+    tokens: Any
+    labels: Any
+    mask: Any
+    segment_ids: Any = None
+
+
+def init_train_state(model: Qwen3, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; its parameters are the model's own arrays.
+
+    Args:
+        model: where training begins.
+        optimizer: an optax transformation.
+
+    Returns:
+        The state.
+    """
+    params = nnx.state(model, nnx.Param)
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+
+def trained_model(config: Qwen3Config, state: TrainState, *, dtype: DTypeLike = jnp.bfloat16) -> Qwen3:
+    """The model that a state's parameters make.
+
+    Args:
+        config: the model's shape.
+        state: the state.
+        dtype: compute dtype.
+
+    Returns:
+        The model; it shares the state's arrays.
+    """
+    return nnx.merge(nnx.split(abstract_model(config, dtype=dtype), nnx.Param)[0], state.params)
+
+
+def make_train_step(
+    config: Qwen3Config,
+    optimizer: optax.GradientTransformation,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    remat: str = "full",
+    z_loss: float = 0.0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """A jitted step of gradient descent, its state donated.
+
+    Args:
+        config: the model's shape; `router_aux_loss_coef` weighs the load-balancing loss of MoE layers.
+        optimizer: an optax transformation.
+        dtype: compute dtype; parameters keep their own.
+        remat: what the backward pass keeps (qwen3_jax.model.remat).
+        z_loss: weight of the z-loss.
+
+    Returns:
+        step(state, batch) -> (state, metrics); metrics are float32: loss (cross-entropy), balance_loss, grad_norm, and
+        expert_load [L_moe, E], the share of each layer's rows that each expert got.
+    """
+    graph = nnx.split(abstract_model(config, dtype=dtype), nnx.Param)[0]
+
+    def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        out = nnx.merge(graph, params)(batch.tokens, segment_ids=batch.segment_ids, remat=remat)
+        real = None if batch.segment_ids is None else (batch.segment_ids != 0).astype(jnp.float32)
+        loss = cross_entropy(out.logits, batch.labels, batch.mask, z_loss)
+        balance = load_balancing_loss(out.router, config.num_experts, config.num_experts_per_tok, real)
+        metrics = dict(loss=loss, balance_loss=balance, expert_load=expert_load(out.router, config.num_experts_per_tok, real))
+        return loss + config.router_aux_loss_coef * balance, metrics
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def expert_load(router: jax.Array, top_k: int, mask: jax.Array | None = None) -> jax.Array:
+    """Share of each layer's routed rows that each expert gets.
+
+    Args:
+        router: [L_moe, B, T, E] router logits.
+        top_k: experts per token.
+        mask: [B, T], 0 is padding; all tokens count when None.
+
+    Returns:
+        [L_moe, E] float32, each row summing to 1.
+    """
+    layers, _, _, experts = router.shape
+    _, chosen = jax.lax.top_k(router, top_k)
+    weights = jnp.ones(router.shape[1:3], jnp.float32) if mask is None else mask
+    weights = jnp.broadcast_to(weights[None, :, :, None], chosen.shape)
+    counts = jax.vmap(lambda index, weight: jnp.zeros((experts,)).at[index].add(weight))(
+        chosen.reshape(layers, -1), weights.reshape(layers, -1)
+    )
+    return counts / jnp.maximum(counts.sum(-1, keepdims=True), 1.0)

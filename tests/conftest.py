@@ -1,0 +1,20 @@
+"""What every test runs under: CPU, flax's coming defaults, exact float32 products, shapes and types checked at run time."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["NNX_GRAPH_MODE"] = "false"
+os.environ["NNX_GRAPH_UPDATES"] = "false"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"
+
+import jaxtyping  # noqa: E402
+
+import tests.typecheck  # noqa: E402, F401  # the hook finds it as an attribute of `tests`
+
+# Before anything imports the packages: their annotations are then checked on every call.
+_HOOK = jaxtyping.install_import_hook(["qwen3_jax", "pallas_kernels"], "tests.typecheck.checked")
+
+import jax  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")

@@ -1,0 +1,69 @@
+"""Losses against their definitions written out in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen3_jax import cross_entropy, load_balancing_loss
+from qwen3_jax.training.step import expert_load
+
+
+def softmax(x):
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 99), z_loss=st.sampled_from([0.0, 1e-2]), share=st.floats(0.1, 1.0))
+def test_cross_entropy_is_the_mean_over_tokens_that_count(seed, z_loss, share):
+    draw = np.random.default_rng(seed)
+    logits, labels = draw.normal(size=(2, 7, 11)) * 3, draw.integers(0, 11, (2, 7))
+    mask = (draw.random((2, 7)) < share).astype(np.float32)
+    mask[0, 0] = 1
+    normaliser = np.log(np.exp(logits).sum(-1))
+    each = normaliser - np.take_along_axis(logits, labels[..., None], -1)[..., 0] + z_loss * normaliser**2
+    expected = (each * mask).sum() / mask.sum()
+    found = cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(labels), jnp.asarray(mask), z_loss)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_cross_entropy_of_no_tokens_is_zero_with_a_zero_gradient():
+    logits = jnp.ones((1, 3, 5))
+    loss, grad = jax.value_and_grad(cross_entropy)(logits, jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 3)))
+    assert float(loss) == 0
+    np.testing.assert_array_equal(grad, np.zeros((1, 3, 5)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 99), top_k=st.integers(1, 4), masked=st.booleans())
+def test_balance_pools_the_rows_of_all_layers(seed, top_k, masked):
+    draw = np.random.default_rng(seed)
+    router = draw.normal(size=(3, 2, 5, 6)) * 2
+    mask = np.ones((2, 5), np.float32)
+    if masked:
+        mask[1, 2:] = 0
+    probabilities = softmax(router)
+    rows = probabilities[:, mask > 0].reshape(-1, 6)
+    chosen = np.argsort(-rows, axis=-1)[:, :top_k]
+    share = np.bincount(chosen.reshape(-1), minlength=6) / len(rows)
+    expected = 6 * (share * rows.mean(0)).sum()
+    found = load_balancing_loss(jnp.asarray(router, jnp.float32), 6, top_k, jnp.asarray(mask) if masked else None)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_balance_is_top_k_when_even_and_grows_when_not():
+    even = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 4096, 8)) * 1e-3, jnp.float32)
+    assert float(load_balancing_loss(even, 8, 2)) == pytest.approx(2.0, abs=0.01)
+    skewed = even.at[..., 0].add(9.0)
+    assert float(load_balancing_loss(skewed, 8, 2)) > 7
+    with pytest.raises(ValueError, match="router logits are for 8 experts, num_experts=4"):
+        load_balancing_loss(even, 4, 2)
+
+
+def test_expert_load_counts_real_tokens_only():
+    router = jnp.asarray([[[[3.0, 2, 0, 0], [0, 0, 5, 4], [9, 0, 0, 8]]]])
+    np.testing.assert_allclose(expert_load(router, 2), [[2 / 6, 1 / 6, 1 / 6, 2 / 6]])
+    np.testing.assert_allclose(expert_load(router, 2, jnp.asarray([[1.0, 1, 0]])), [[0.25] * 4])
