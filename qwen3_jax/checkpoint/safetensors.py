@@ -1,0 +1,207 @@
+"""The safetensors format: headers checked before anything is read, tensors read and written one at a time.
+
+A file is 8 bytes of header length (little endian), a JSON header of name -> dtype, shape, [begin, end), then the data, which
+the tensors must tile without a gap (https://github.com/huggingface/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+MAX_HEADER = 100_000_000  # bytes, the format's own bound
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is refused: which file and tensor, what was found, what is accepted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file: where it lies and what it is."""
+
+    file: Path
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int  # bytes from the start of the file
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def part(self, first: int, last: int) -> Tensor:
+        """Rows first..last of the leading axis, as a tensor of its own; nothing is read.
+
+        Args:
+            first: first row.
+            last: past the last row, at most shape[0].
+        """
+        row = self.nbytes // self.shape[0]
+        name = f"{self.name}[{first}:{last}]"
+        shape = (last - first, *self.shape[1:])
+        return dataclasses.replace(self, name=name, shape=shape, begin=self.begin + first * row)
+
+    def reshaped(self, *shape: int) -> Tensor:
+        """The same bytes in another shape."""
+        return dataclasses.replace(self, shape=shape)
+
+    def read(self) -> np.ndarray:
+        """The tensor, in memory of its own.
+
+        Raises:
+            CheckpointError: the file ends before the tensor does.
+        """
+        out = np.empty(self.shape, self.dtype)
+        with open(self.file, "rb", buffering=0) as handle:
+            handle.seek(self.begin)
+            view, got = memoryview(out.reshape(-1).view(np.uint8)), 0
+            while got < self.nbytes:
+                count = handle.readinto(view[got:])
+                if not count:
+                    raise CheckpointError(f"{self.file}: {self.name} ends after {got} of its {self.nbytes} bytes")
+                got += count
+        return out
+
+
+def read_header(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a file, after checking that header and data agree.
+
+    Args:
+        file: a .safetensors file.
+
+    Returns:
+        Tensors by name, in the order of their data.
+
+    Raises:
+        CheckpointError: names the file, and the tensor where one is at fault.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as handle:
+        start = handle.read(8)
+        if len(start) < 8:
+            raise CheckpointError(f"{file}: {size} bytes are no safetensors file")
+        length = int.from_bytes(start, "little")
+        if length > MAX_HEADER or 8 + length > size:
+            raise CheckpointError(
+                f"{file}: its header claims {length} bytes; the file has {size}, the format allows {MAX_HEADER}"
+            )
+        try:
+            header = json.loads(handle.read(length).decode("utf-8"), object_pairs_hook=_unique)
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, CheckpointError) as error:
+            raise CheckpointError(f"{file}: its header is no JSON object: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: its header is a JSON {type(header).__name__}, not an object")
+    found = [
+        (_tensor(file, name, entry, 8 + length), entry["data_offsets"])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    ]
+    found.sort(key=lambda item: item[1])
+    at = 0
+    for tensor, (begin, end) in found:
+        if end - begin != tensor.nbytes:
+            raise CheckpointError(
+                f"{file}: {tensor.name} has {end - begin} bytes; its dtype and shape {list(tensor.shape)} need {tensor.nbytes}"
+            )
+        if begin != at:
+            how = "overlaps the tensor before it" if begin < at else "leaves a gap before it"
+            raise CheckpointError(f"{file}: {tensor.name} begins at byte {begin} and {how}, which ends at {at}")
+        at = end
+    if 8 + length + at != size:
+        raise CheckpointError(f"{file}: its tensors need {8 + length + at} bytes, the file has {size}: cut off, or not its own")
+    return {tensor.name: tensor for tensor, _ in found}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise CheckpointError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return content
+
+
+def _natural(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _tensor(file: Path, name: str, entry: Any, data: int) -> Tensor:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{file}: {name} must have dtype, shape and data_offsets, found {entry!r:.200}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{file}: {name} has dtype {dtype!r}; read are {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or not all(map(_natural, shape)):
+        raise CheckpointError(f"{file}: {name} has shape {shape!r}; accepted is a list of sizes")
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_natural, offsets)) and offsets[0] <= offsets[1]):
+        raise CheckpointError(f"{file}: {name} has data_offsets {offsets!r}; accepted is [begin, end]")
+    return Tensor(file, name, DTYPES[dtype], tuple(shape), data + offsets[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A file to be written: its tensors in order, with what each will be."""
+
+    file: Path
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data, the header left out."""
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.tensors.values())
+
+
+def write_file(plan: Plan, arrays: Iterator[np.ndarray]) -> None:
+    """Write a file tensor by tensor, and fsync it.
+
+    Args:
+        plan: what it will hold.
+        arrays: the tensors in the plan's order, each in the plan's dtype and shape; each is dropped once written.
+
+    Raises:
+        CheckpointError: an array that is not the planned one.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (dtype, shape) in plan.tensors.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begins at a multiple of 8
+    with open(plan.file, "xb", buffering=0) as handle:
+        _write_all(handle, len(text).to_bytes(8, "little") + text)
+        for name, (dtype, shape) in plan.tensors.items():
+            array = next(arrays)
+            if array.dtype != dtype or array.shape != shape:
+                raise CheckpointError(f"{plan.file}: {name} is {array.dtype}{list(array.shape)}, planned {dtype}{list(shape)}")
+            _write_all(handle, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        os.fsync(handle.fileno())
+
+
+def _write_all(handle: BinaryIO | Any, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while len(view):
+        view = view[handle.write(view) :]

@@ -1,0 +1,175 @@
+"""A Hugging Face folder as the tensors that a config needs, whatever layout it has; everything is checked before it is read.
+
+Layouts that are read: one file or a sharded index; experts one by one or fused (`gate_up_proj` [E, 2F, D],
+`down_proj` [E, D, F]); names with `model.` or bare (embedding checkpoints); a tied model with or without its redundant head;
+FP8 blocks with scales.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from qwen3_jax.checkpoint.names import Slot, slots
+from qwen3_jax.checkpoint.safetensors import CheckpointError, Tensor, read_header
+from qwen3_jax.config import Qwen3Config
+
+FLOATS = tuple(map(np.dtype, (ml_dtypes.bfloat16, np.float16, np.float32)))
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+SCALE = "_scale_inv"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a slot's values come from.
+
+    Attributes:
+        slot: the tensor that the model wants.
+        tensor: its bytes, in the slot's shape.
+        scale: FP8 only: the scales, [ceil(out / block), ceil(in / block)].
+        block: FP8 only: rows and columns that share a scale.
+    """
+
+    slot: Slot
+    tensor: Tensor
+    scale: Tensor | None = None
+    block: tuple[int, int] = (128, 128)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What the values are in; bfloat16 for FP8."""
+        return np.dtype(ml_dtypes.bfloat16) if self.scale is not None else self.tensor.dtype
+
+    def read(self) -> np.ndarray:
+        """The values in the hub's shape; FP8 is multiplied by its scales in float32 and rounded to bfloat16."""
+        values = self.tensor.read()
+        if self.scale is None:
+            return values
+        scale = self.scale.read().astype(np.float32)
+        wide = values.astype(np.float32)
+        rows, columns = self.block
+        for i in range(scale.shape[0]):
+            band = wide[i * rows : (i + 1) * rows]
+            band *= np.repeat(scale[i], columns)[: band.shape[1]]
+        return wide.astype(ml_dtypes.bfloat16)
+
+
+def folder_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder, each file's header checked, the index held against the files.
+
+    Args:
+        folder: holds model.safetensors, or model.safetensors.index.json and its shards.
+
+    Returns:
+        Tensors by name.
+
+    Raises:
+        CheckpointError: no weights, an index that points nowhere or outside, or files that hold other tensors than it says.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        single = folder / "model.safetensors"
+        if not single.is_file():
+            raise CheckpointError(f"{folder}: neither model.safetensors nor {index.name} is there")
+        return read_header(single)
+    try:
+        weight_map = json.loads(index.read_text("utf-8")).get("weight_map")
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: no JSON object: {error}") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map must be an object of tensor name -> file, found {weight_map!r:.100}")
+    found: dict[str, Tensor] = {}
+    for file in sorted({str(value) for value in weight_map.values()}):
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise CheckpointError(f"{index}: {file!r} points outside the folder: accepted is a plain file name")
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{index}: {file!r} is not there")
+        here = read_header(folder / file)
+        told = {name for name, value in weight_map.items() if value == file}
+        if told != set(here):
+            name = sorted(told ^ set(here))[0]
+            raise CheckpointError(f"{folder / file}: the index and the file disagree about {name}")
+        found |= here
+    return found
+
+
+def find_sources(config: Qwen3Config, tensors: dict[str, Tensor], where: Path) -> list[Source]:
+    """A source for each tensor of the model, and none left over.
+
+    Args:
+        config: what the model needs.
+        tensors: what there is.
+        where: the folder, for messages.
+
+    Returns:
+        One Source per slot, in slot order.
+
+    Raises:
+        CheckpointError: missing or extra tensors, a wrong shape or dtype.
+    """
+    left = dict(tensors)
+    if "embed_tokens.weight" in left:  # saved from the bare backbone
+        left = {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in left.items()}
+    _split_fused(left, config)
+    if config.tie_word_embeddings:
+        head = left.pop("lm_head.weight", None)
+        if head is not None and head.shape != (config.vocab_size, config.hidden_size):
+            raise CheckpointError(f"{head.file}: lm_head.weight of a tied model has shape {list(head.shape)}")
+    wanted = slots(config)
+    missing = [slot.name for slot in wanted if slot.name not in left]
+    if missing:
+        raise CheckpointError(f"{where}: {len(missing)} tensors are missing: {_some(missing)}")
+    found = [_source(config, slot, left) for slot in wanted]
+    if left:
+        raise CheckpointError(f"{where}: {len(left)} tensors belong to no layer of this config: {_some(sorted(left))}")
+    return found
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _split_fused(left: dict[str, Tensor], config: Qwen3Config) -> None:
+    """Replace fused expert tensors by their parts, named as the hub names experts."""
+    e, d, f = config.num_experts, config.hidden_size, config.moe_intermediate_size
+    for name in [name for name in left if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]:
+        tensor = left.pop(name)
+        prefix, kind = name.rsplit(".", 1)
+        shape = (e, 2 * f, d) if kind == "gate_up_proj" else (e, d, f)
+        if tensor.shape != shape:
+            raise CheckpointError(f"{tensor.file}: {name} has shape {list(tensor.shape)}; accepted is {list(shape)}")
+        for expert in range(e):
+            whole = tensor.part(expert, expert + 1).reshaped(*shape[1:])
+            if kind == "down_proj":
+                left[f"{prefix}.{expert}.down_proj.weight"] = whole
+            else:
+                left[f"{prefix}.{expert}.gate_proj.weight"] = whole.part(0, f)
+                left[f"{prefix}.{expert}.up_proj.weight"] = whole.part(f, 2 * f)
+
+
+def _source(config: Qwen3Config, slot: Slot, left: dict[str, Tensor]) -> Source:
+    tensor = left.pop(slot.name)
+    if tensor.shape != slot.shape:
+        raise CheckpointError(
+            f"{tensor.file}: {slot.name} has shape {list(tensor.shape)}; the config makes it {list(slot.shape)}"
+        )
+    if tensor.dtype in FLOATS:
+        return Source(slot, tensor)
+    quantization = config.quantization_config
+    if tensor.dtype != FP8 or quantization is None:
+        accepted = "bfloat16, float16 and float32" + (", and float8_e4m3 by its quantization_config" if quantization else "")
+        raise CheckpointError(f"{tensor.file}: {slot.name} is {tensor.dtype}; accepted are {accepted}")
+    scale = left.pop(slot.name + SCALE, None)
+    if scale is None:
+        raise CheckpointError(f"{tensor.file}: {slot.name} is float8 and {slot.name}{SCALE} is missing")
+    rows, columns = quantization.weight_block_size
+    shape = (-(-slot.shape[0] // rows), -(-slot.shape[1] // columns))
+    if scale.shape != shape or scale.dtype not in FLOATS:
+        raise CheckpointError(
+            f"{scale.file}: {scale.name} is {scale.dtype}{list(scale.shape)}; accepted is any float {list(shape)}"
+        )
+    return Source(slot, tensor, scale, (rows, columns))

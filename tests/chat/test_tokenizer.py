@@ -1,0 +1,74 @@
+"""A folder's tokenizer, made in Qwen3's own pipeline: text there and back, special tokens, its own template, bad folders."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen3_jax import load_tokenizer
+from qwen3_jax.chat.tokenizer import TokenizerError
+from tools.demo.corpus import train_tokenizer
+
+SAMPLE = [{"role": "user", "content": "def read(path): return open(path).read()"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([SAMPLE] * 20, 400, place)
+    return place
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_text_comes_back_but_for_its_normal_form(folder, text):
+    import unicodedata
+
+    tok = load_tokenizer(folder)
+    assert tok.decode(tok.encode(text)) == unicodedata.normalize("NFC", text)
+
+
+def test_special_tokens_are_one_id_and_thoughts_stay_when_they_are_skipped(folder):
+    tok = load_tokenizer(folder)
+    ids = tok.encode("<|im_start|>assistant\n<think>\nhm\n</think>\n\nyes<|im_end|>")
+    assert [ids[0], ids[-1]] == [tok.encode("<|im_start|>")[0], tok.eos_token_id]
+    assert tok.decode(ids, skip_special_tokens=True) == "assistant\n<think>\nhm\n</think>\n\nyes"
+    assert tok.stop_token_ids == (tok.eos_token_id,)
+    assert tok.pad_token_id == tok.encode("<|endoftext|>")[0]
+
+
+def test_the_family_s_template_serves_a_folder_without_one(folder):
+    tok = load_tokenizer(folder)
+    text = tok.apply_chat_template(SAMPLE, add_generation_prompt=True, enable_thinking=False, tokenize=False)
+    assert text == f"<|im_start|>user\n{SAMPLE[0]['content']}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert tok.apply_chat_template(SAMPLE, add_generation_prompt=True, enable_thinking=False) == tok.encode(text)
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "named", "chat_template.jinja"])
+def test_the_folder_s_own_template_goes_first(folder, tmp_path, where):
+    tok = load_tokenizer(folder)
+    tok.save(tmp_path)
+    own = "{{ eos_token }}{{ messages[0].content }}"
+    if where == "chat_template.jinja":
+        (tmp_path / where).write_text(own)
+    else:
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        config["chat_template"] = own if where != "named" else [{"name": "default", "template": own}]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
+    again = load_tokenizer(tmp_path)
+    assert again.apply_chat_template(SAMPLE, tokenize=False) == f"<|im_end|>{SAMPLE[0]['content']}"
+    assert again.stop_token_ids == (7, 5)
+
+
+def test_broken_folders_are_refused_by_path(folder, tmp_path):
+    with pytest.raises(TokenizerError, match="tokenizer.json is not there"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match="tokenizer.json is no tokenizer"):
+        load_tokenizer(tmp_path)
+    load_tokenizer(folder).save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(TokenizerError, match="tokenizer_config.json holds a JSON list"):
+        load_tokenizer(tmp_path)
