@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from qwen3_jax.checkpoint.hf import from_pretrained as from_pretrained
     from qwen3_jax.checkpoint.hf import save_pretrained as save_pretrained
     from qwen3_jax.config import Qwen3Config as Qwen3Config
+    from qwen3_jax.generation.budget import ThinkingBudget as ThinkingBudget
     from qwen3_jax.generation.cache import init_cache as init_cache
+    from qwen3_jax.generation.loop import Generated as Generated
+    from qwen3_jax.generation.loop import generate as generate
+    from qwen3_jax.generation.sample import Sampling as Sampling
     from qwen3_jax.generation.score import score as score
     from qwen3_jax.model.transformer import Qwen3 as Qwen3
     from qwen3_jax.parallel.abstract import abstract_model as abstract_model
@@ -26,13 +30,17 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Batch": "training.step",
+    "Generated": "generation.loop",
     "Qwen3": "model.transformer",
     "Qwen3Config": "config",
+    "Sampling": "generation.sample",
+    "ThinkingBudget": "generation.budget",
     "TrainState": "training.step",
     "abstract_model": "parallel.abstract",
     "adamw": "training.optimizer",
     "cross_entropy": "training.losses",
     "from_pretrained": "checkpoint.hf",
+    "generate": "generation.loop",
     "init_cache": "generation.cache",
     "init_train_state": "training.step",
     "load_balancing_loss": "training.losses",

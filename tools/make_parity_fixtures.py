@@ -99,7 +99,9 @@ def fixture(name, content):
 @torch.no_grad()
 def greedy(model, prompt):
     """256 greedy tokens, and the least margin by which one led."""
-    written = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+    # Without a mask generate() takes every token 0 of the prompt for padding.
+    options = dict(do_sample=False, eos_token_id=None, pad_token_id=0, attention_mask=torch.ones_like(prompt))
+    written = model.generate(prompt, max_new_tokens=NEW_TOKENS, **options)
     top = model(written).logits[0, prompt.shape[1] - 1 : -1].topk(2).values
     return {"greedy": written[0, prompt.shape[1] :].numpy(), "greedy_margin": (top[:, 0] - top[:, 1]).min().numpy()}
 

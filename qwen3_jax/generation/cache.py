@@ -27,5 +27,10 @@ def init_cache(model: Qwen3, batch: int, length: int, dtype: DTypeLike | None = 
     config = model.config
     shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
     dtype = model.dtype if dtype is None else dtype
-    rows = jnp.zeros((batch,), jnp.int32)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, length), jnp.int32), rows, rows)
+    return Cache(
+        k=jnp.zeros(shape, dtype),
+        v=jnp.zeros(shape, dtype),
+        segments=jnp.zeros((batch, length), jnp.int32),
+        lengths=jnp.zeros((batch,), jnp.int32),
+        positions=jnp.zeros((batch,), jnp.int32),
+    )

@@ -45,15 +45,15 @@ class Attention(nnx.Module):
         keys = jax.random.split(key, 4)
         options = dict(stddev=config.initializer_range, param_dtype=param_dtype)
 
-        def projection(equation, shape, axes, key, outputs, bias_axes):
-            bias = (outputs, bias_axes) if config.attention_bias else None
-            return Projection(equation, shape, axes, key, bias=bias, **options)
+        def projection(shape, axes, key, outputs, bias_axes):
+            bias_axes = bias_axes if config.attention_bias else None
+            return Projection(shape, axes, key, outputs=outputs, bias_axes=bias_axes, **options)
 
         query, kv = ("heads", "head_dim"), ("kv_heads", "head_dim")
-        self.q = projection("btd,nhd->btnh", (n, h, d), (*query, "embed"), keys[0], 2, query)
-        self.k = projection("btd,khd->btkh", (k, h, d), (*kv, "embed"), keys[1], 2, kv)
-        self.v = projection("btd,khd->btkh", (k, h, d), (*kv, "embed"), keys[2], 2, kv)
-        self.o = projection("btnh,dnh->btd", (d, n, h), ("embed", *query), keys[3], 1, ("norm",))
+        self.q = projection((n, h, d), (*query, "embed"), keys[0], 2, query)
+        self.k = projection((k, h, d), (*kv, "embed"), keys[1], 2, kv)
+        self.v = projection((k, h, d), (*kv, "embed"), keys[2], 2, kv)
+        self.o = projection((d, n, h), ("embed", *query), keys[3], 1, ("norm",))
         self.q_norm = RMSNorm(h, config.rms_norm_eps, param_dtype=param_dtype)
         self.k_norm = RMSNorm(h, config.rms_norm_eps, param_dtype=param_dtype)
         self.window = config.sliding_window if sliding else None

@@ -26,7 +26,7 @@ class MoE(nnx.Module):
         stddev = config.initializer_range
         self.top_k = config.num_experts_per_tok
         self.normalise = config.norm_topk_prob
-        self.router = Projection("btd,ed->bte", (e, d), ("router", "embed"), keys[0], stddev=stddev, param_dtype=param_dtype)
+        self.router = Projection((e, d), ("router", "embed"), keys[0], stddev=stddev, param_dtype=param_dtype)
 
         def experts(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
             return normal_param(key, shape, axes, stddev=stddev, dtype=param_dtype, kind=ExpertParam)

@@ -41,6 +41,20 @@ class Output:
     cache: Any
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer outside of the scan, made by qwen3_jax.generation.unstack.
+
+    Attributes:
+        block: its Block; expert weights are still the segment's stack.
+        repeat: which layer of that stack is this one's.
+    """
+
+    block: Any
+    repeat: int = dataclasses.field(metadata=dict(static=True))
+
+
 class Unit(nnx.Module):
     """The layers that one step of a segment's scan runs; every parameter of it is stacked over the segment's repeats."""
 
@@ -98,7 +112,7 @@ class Qwen3(nnx.Module):
         output: Literal["logits", "hidden"] = "logits",
         *,
         remat: str = "none",
-        layers: Sequence[Block] | None = None,
+        layers: Sequence[Layer] | None = None,
     ) -> Output:
         """Run the network. Pure and jittable.
 
@@ -126,7 +140,8 @@ class Qwen3(nnx.Module):
         if layers is None:
             carry, routers = self._scan(carry, places, remat)
         else:
-            carry, routers = _run(layers, carry, places, range(len(layers)), None)
+            blocks, repeats = [layer.block for layer in layers], [layer.repeat for layer in layers]
+            carry, routers = _run(blocks, carry, places, range(len(layers)), repeats)
             routers = [jnp.stack(routers)] if routers else []
         x, key_values = carry
         hidden = self.norm(x)
@@ -167,7 +182,7 @@ class Qwen3(nnx.Module):
                 parts = (experts, sliced) if whole else sliced
                 blocks = nnx.merge(graph, *parts).blocks
                 indices = [first + repeat * size + i for i in range(size)]
-                carry, router = _run(blocks, carry, places, indices, repeat if whole else None)
+                carry, router = _run(blocks, carry, places, indices, [repeat if whole else None] * size)
                 return carry, jnp.stack(router) if router else None
 
             steps = (jnp.arange(segment.repeats), rest if whole else (experts, rest))
@@ -179,12 +194,16 @@ class Qwen3(nnx.Module):
 
 
 def _run(
-    blocks: Sequence[Block], carry: Carry, places: Places, indices: Sequence[int | jax.Array], repeat: jax.Array | None
+    blocks: Sequence[Block],
+    carry: Carry,
+    places: Places,
+    indices: Sequence[int | jax.Array],
+    repeats: Sequence[int | jax.Array | None],
 ) -> tuple[Carry, list[jax.Array]]:
     """These layers one after another; the router logits of those with experts."""
     x, cache = carry
     routers = []
-    for block, index in zip(blocks, indices, strict=True):
+    for block, index, repeat in zip(blocks, indices, repeats, strict=True):
         x, cache, router = block(x, places, cache, index, repeat)
         if router is not None:
             routers.append(router)

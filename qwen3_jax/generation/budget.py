@@ -1,0 +1,173 @@
+"""A thinking budget, enforced inside the jitted loop: when it is spent, words that end the thought are written for the model.
+
+Source: Qwen3 technical report section 4.3, and the form of words in the Qwen documentation's page on the thinking budget.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+UNLIMITED = np.iinfo(np.int32).max
+_FORCED = 64  # slots for forced tokens, so that their number never makes a program be traced again
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ThinkingBudget:
+    """How long a row may think. `Tokenizer.thinking_budget` makes it.
+
+    A row thinks while neither its output nor its prompt, from the last `turn_id` on, holds `end_id`. The budget counts its
+    generated tokens from the first one. When it is spent, `early_stop_ids` are written whatever the model says, `open_ids`
+    before them if no `think_id` has been seen; they count as new tokens. Then the model goes on freely.
+
+    Attributes:
+        tokens: budget in tokens, a number >= 0 or one per row [B].
+        end_id: the token `</think>`.
+        early_stop_ids: tokens that end the thought, `end_id` among them.
+        open_ids: tokens of `<think>` and a line break; () where thoughts need no opening.
+        think_id: the token `<think>`; -1 where there is none.
+        turn_id: the token `<|im_start|>` that opens a turn; -1: the whole prompt is the turn.
+    """
+
+    tokens: Any
+    end_id: Any
+    early_stop_ids: Any
+    open_ids: Any = ()
+    think_id: Any = -1
+    turn_id: Any = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BudgetRule:
+    """A budget in the fixed form that the loop reads.
+
+    Attributes:
+        tokens: [B] int32.
+        end_id, think_id, turn_id: int32 scalars.
+        forced: [_FORCED] int32, open_ids and then early_stop_ids.
+        opening, total: int32 scalars, how many of `forced` are open_ids, and how many there are.
+    """
+
+    tokens: Any
+    end_id: Any
+    think_id: Any
+    turn_id: Any
+    forced: Any
+    opening: Any
+    total: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BudgetState:
+    """Where each row stands.
+
+    Attributes:
+        thinking: [B] bool, no end_id yet.
+        opened: [B] bool, think_id was seen.
+        next_forced: [B] int32, index of the next forced token; -1 while none is forced.
+    """
+
+    thinking: Any
+    opened: Any
+    next_forced: Any
+
+
+def budget_rule(budget: ThinkingBudget | None, batch: int) -> BudgetRule:
+    """The rule of a budget; None is one that is never spent, so that both are the same program.
+
+    Args:
+        budget: the caller's.
+        batch: rows.
+
+    Returns:
+        The rule.
+
+    Raises:
+        ValueError: a negative budget, one that is neither a number nor [B], or no or too many forced tokens.
+    """
+    if budget is None:
+        budget = ThinkingBudget(tokens=UNLIMITED, end_id=-1, early_stop_ids=(0,))
+    opening, closing = _ids("open_ids", budget.open_ids), _ids("early_stop_ids", budget.early_stop_ids)
+    total = opening.shape[0] + closing.shape[0]
+    if closing.shape[0] == 0 or total > _FORCED:
+        raise ValueError(f"thinking: {total} tokens would be forced: accepted are 1 to {_FORCED}")
+    tokens = budget.tokens
+    if not isinstance(tokens, jax.core.Tracer):
+        values = np.asarray(tokens)
+        if not np.issubdtype(values.dtype, np.integer) or np.any(values < 0):
+            raise ValueError(f"thinking: tokens is {tokens}: accepted is an integer >= 0, or one per row")
+        tokens = np.minimum(values, UNLIMITED)
+    tokens = jnp.asarray(tokens, jnp.int32)
+    if tokens.shape not in ((), (batch,)):
+        raise ValueError(f"thinking: tokens has shape {list(tokens.shape)}: accepted is a number or [{batch}], one per row")
+    forced = jnp.concatenate([opening, closing, jnp.zeros((_FORCED - total,), jnp.int32)])
+    return BudgetRule(
+        tokens=jnp.broadcast_to(tokens, (batch,)),
+        end_id=jnp.asarray(budget.end_id, jnp.int32),
+        think_id=jnp.asarray(budget.think_id, jnp.int32),
+        turn_id=jnp.asarray(budget.turn_id, jnp.int32),
+        forced=forced,
+        opening=jnp.int32(opening.shape[0]),
+        total=jnp.int32(total),
+    )
+
+
+def _ids(name: str, ids: Any) -> jax.Array:
+    array = jnp.asarray(ids if len(ids) else np.zeros((0,), np.int32))
+    if array.ndim != 1 or not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"thinking: {name} is {ids!r}: accepted is a sequence of token ids")
+    return array.astype(jnp.int32)
+
+
+def begin(rule: BudgetRule, tokens: Int[Array, "B T"], real: Bool[Array, "B T"]) -> BudgetState:
+    """Where rows stand after their prompts.
+
+    Args:
+        rule: the budget.
+        tokens: prompts.
+        real: which of the tokens are no padding.
+
+    Returns:
+        The state: whether the turn that the prompt opens is thinking, and whether the thought was opened.
+    """
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    turns = real & (tokens == rule.turn_id)
+    start = jnp.max(jnp.where(turns, index, 0), axis=1, keepdims=True)
+    here = real & (index >= start)
+    thinking = ~jnp.any(here & (tokens == rule.end_id), axis=1)
+    opened = jnp.any(here & (tokens == rule.think_id), axis=1)
+    return BudgetState(thinking, opened, jnp.full(tokens.shape[:1], -1, jnp.int32))
+
+
+def enforce(
+    rule: BudgetRule, state: BudgetState, step: Int[Array, ""], tokens: Int[Array, " B"]
+) -> tuple[Int[Array, " B"], Bool[Array, " B"], BudgetState]:
+    """Replace the model's tokens where a budget is spent.
+
+    Args:
+        rule: the budget.
+        state: before this step.
+        step: tokens that every running row has generated so far.
+        tokens: what the model drew.
+
+    Returns:
+        The tokens to be written, which of them were forced, and the state after them.
+    """
+    spent = state.thinking & (state.next_forced < 0) & (step >= rule.tokens)
+    first = jnp.where(state.opened, rule.opening, 0)
+    at = jnp.where(spent, first, state.next_forced)
+    forced = (at >= 0) & (at < rule.total)
+    tokens = jnp.where(forced, rule.forced[jnp.clip(at, 0, _FORCED - 1)], tokens)
+    ended = (tokens == rule.end_id) | (forced & (at + 1 == rule.total))
+    state = BudgetState(
+        thinking=state.thinking & ~ended,
+        opened=state.opened | (tokens == rule.think_id),
+        next_forced=jnp.where(forced, at + 1, state.next_forced),
+    )
+    return tokens, forced, state

@@ -1,0 +1,478 @@
+"""Generation as one jitted program: the prompts in one pass, then a while loop over tokens, ended as soon as every row is done.
+
+`generate` is `start` (prefill) and `advance` (the loop). Whoever wants tokens as they come calls `advance` with a growing
+bound on a `Running` that it gives away each time. A step draws a token from the logits at hand, writes it, and feeds it: so the
+cache always holds every token that was written, and the next turn needs nothing but its own tokens.
+
+Lengths are padded to buckets, four per power of two, and every setting is traced: another program is compiled only when a
+bucket, the number of rows, `logprobs` or the hook changes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+
+from qwen3_jax.generation.budget import BudgetState, ThinkingBudget, begin, budget_rule, enforce
+from qwen3_jax.generation.cache import init_cache
+from qwen3_jax.generation.sample import Sampling, broadcast, penalised, sample
+from qwen3_jax.generation.unstack import unstack
+from qwen3_jax.model.cache import Cache
+from qwen3_jax.model.transformer import Layer, Qwen3
+
+LENGTH, STOP = 0, 1  # finish_reason
+GREEDY = Sampling(temperature=0.0)
+
+LogitsHook = Callable[[Float[Array, "B V"], Int[Array, "B N"], Int[Array, ""]], Float[Array, "B V"]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What generate returns. A pytree; N is max_new_tokens, and B counts samples as rows.
+
+    Attributes:
+        tokens: [B, N] int32 without the prompt; a stop token is the row's last; then the config's pad_token_id (0 if none).
+        lengths: [B] int32, tokens of each row.
+        finish_reason: [B] int32: 0 max_new_tokens were written, 1 a stop token was.
+        logprobs: [B, N] float32, log-probability of each token in the model's own distribution; 0 after the end.
+        top_tokens: [B, N, n] int32, the n most probable tokens of each step; n = 0 unless asked for.
+        top_logprobs: [B, N, n] float32, their log-probabilities.
+        cache: holds prompt and answer of every row, for a next turn.
+    """
+
+    tokens: Any
+    lengths: Any
+    finish_reason: Any
+    logprobs: Any
+    top_tokens: Any
+    top_logprobs: Any
+    cache: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What one call of generate decides, in a fixed form: B rows, and token lists padded with -1.
+
+    Attributes:
+        sampling: every field [B].
+        keys: [B] typed keys; step t of row b draws with fold_in(keys[b], t).
+        stop: [S] int32.
+        budget: a BudgetRule.
+        hook: a jax.tree_util.Partial of a LogitsHook, or None.
+        limit: int32, max_new_tokens.
+        pad: int32.
+    """
+
+    sampling: Any
+    keys: Any
+    stop: Any
+    budget: Any
+    hook: Any
+    limit: Any
+    pad: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """A generation under way. N is a bucket, not max_new_tokens.
+
+    Attributes:
+        step: int32, tokens that every row still running has.
+        logits: [B, V] float32 of the next token.
+        done: [B] bool.
+        out: a Generated so far.
+        budget: a BudgetState.
+        counts: [B, V] int32, how often each token was generated.
+        prompt: [B, V] bool, tokens of the prompt.
+    """
+
+    step: Any
+    logits: Any
+    done: Any
+    out: Any
+    budget: Any
+    counts: Any
+    prompt: Any
+
+
+def generate(
+    model: Qwen3,
+    tokens: Int[Array, "B T"],
+    *,
+    lengths: Int[Array, " B"] | Sequence[int] | None = None,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    key: Key[Array, "..."] | None = None,
+    stop_tokens: Sequence[int] | Int[Array, " S"] = (),
+    thinking: ThinkingBudget | None = None,
+    logprobs: int = 0,
+    cache: Cache | None = None,
+    cache_len: int | None = None,
+    logits_hook: LogitsHook | None = None,
+    samples: int = 1,
+) -> Generated:
+    """Continue prompts. One jitted program; use it inside jit and vmap as you like.
+
+    Args:
+        model: any Qwen3.
+        tokens: prompts, padded on the right.
+        lengths: real tokens of each row, 1 to T; None is T.
+        max_new_tokens: written at most, per row.
+        sampling: how tokens are drawn; greedy by default.
+        key: one typed PRNG key (jax.random.key), or one per row of the output; not needed where every temperature is 0. Row b
+            of a single key draws with fold_in(key, b).
+        stop_tokens: any of them ends its row.
+        thinking: a budget for the model's thoughts.
+        logprobs: how many of the most probable tokens to return at each step.
+        cache: of an earlier turn; `tokens` then follow on what it holds. It is not changed. The repetition penalty knows this
+            call's tokens alone.
+        cache_len: slots per row of the new cache, or of the given one, which is then made larger; by default just enough.
+        logits_hook: `hook(logits [B, V], written [B, N], step) -> logits`, before penalties and filters; pure.
+            `written[:, :step]` are the tokens so far. A jax.tree_util.Partial may carry arrays; another function makes
+            another program.
+        samples: answers per prompt from one prefill; answer i of prompt b is row `b * samples + i`.
+
+    Returns:
+        Tokens, how each row ended, log-probabilities and the cache.
+
+    Raises:
+        ValueError: an argument that is refused, by name.
+    """
+    batch = _check_prompts(tokens, lengths, max_new_tokens, logprobs, samples, key, sampling)
+    rows = batch * samples
+    lengths = jnp.full((batch,), tokens.shape[1], jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+    tokens, capacity, cache = _fitted(model, tokens, max_new_tokens, cache, cache_len)
+    settings = make_settings(model, rows, sampling, key, stop_tokens, thinking, logits_hook, max_new_tokens)
+    slots = bucket(max_new_tokens)
+    out = _generate(model, tokens, lengths, cache, settings, slots, capacity, logprobs, samples, _on_cpu(model))
+    if slots == max_new_tokens:
+        return out
+    cut = {name: getattr(out, name)[:, :max_new_tokens] for name in ("tokens", "logprobs", "top_tokens", "top_logprobs")}
+    return dataclasses.replace(out, **cut)
+
+
+def bucket(length: int) -> int:
+    """The length that arrays for this many tokens get: four sizes per power of two, at least 16."""
+    if length <= 16:
+        return 16
+    step = 1 << ((length - 1).bit_length() - 3)
+    return -(-length // step) * step
+
+
+def make_settings(
+    model: Qwen3,
+    rows: int,
+    sampling: Sampling,
+    key: Key[Array, "..."] | None,
+    stop_tokens: Sequence[int] | Int[Array, " S"],
+    thinking: ThinkingBudget | None,
+    logits_hook: LogitsHook | None,
+    max_new_tokens: int,
+) -> Settings:
+    """Settings of these arguments of generate.
+
+    Args:
+        model: for its pad token.
+        rows: of the output.
+        sampling: numbers, or one per row.
+        key: one, or one per row.
+        stop_tokens: any number.
+        thinking: a budget or None.
+        logits_hook: a function, a Partial or None.
+        max_new_tokens: the bound.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ValueError: keys that are neither one nor one per row, stop tokens that are no ids, and what sampling and budget refuse.
+    """
+    keys = jnp.broadcast_to(jax.random.key(0), (rows,)) if key is None else key
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        raise ValueError(
+            f"key is {keys.dtype}{list(keys.shape)}: accepted is a typed key, jax.random.key(seed), or one per row"
+        )
+    if keys.shape == ():
+        keys = jax.vmap(functools.partial(jax.random.fold_in, keys))(jnp.arange(rows))
+    if keys.shape != (rows,):
+        raise ValueError(f"key has shape {list(keys.shape)}: accepted is one key or [{rows}], one per row")
+    stop = jnp.asarray(stop_tokens if len(stop_tokens) else [-1])
+    if stop.ndim != 1 or not jnp.issubdtype(stop.dtype, jnp.integer):
+        raise ValueError(f"stop_tokens is {stop_tokens!r}: accepted is a sequence of token ids")
+    spare = bucket(stop.shape[0]) - stop.shape[0]
+    stop = jnp.pad(stop.astype(jnp.int32), (0, spare), constant_values=-1)
+    pad = model.config.pad_token_id
+    return Settings(
+        sampling=broadcast(sampling, rows),
+        keys=keys,
+        stop=stop,
+        budget=budget_rule(thinking, rows),
+        hook=logits_hook if logits_hook is None or isinstance(logits_hook, jax.tree_util.Partial) else _partial(logits_hook),
+        limit=jnp.int32(max_new_tokens),
+        pad=jnp.int32(0 if pad is None else pad),
+    )
+
+
+def start(
+    model: Qwen3,
+    layers: Sequence[Layer] | None,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    cache: Cache,
+    settings: Settings,
+    slots: int,
+    top: int,
+    samples: int,
+) -> Running:
+    """Take the prompts in.
+
+    Args:
+        model: any Qwen3.
+        layers: its layers one by one, or None to scan them.
+        tokens: prompts, padded on the right.
+        lengths: real tokens of each row.
+        cache: what the prompts follow on; written in place.
+        settings: for B * samples rows.
+        slots: room for new tokens.
+        top: how many of the most probable tokens are kept at each step.
+        samples: answers per prompt.
+
+    Returns:
+        A Running with no token yet.
+    """
+    batch, length = tokens.shape
+    vocabulary = model.config.vocab_size
+    real = jnp.arange(length) < lengths[:, None]
+    # A row goes on with the document that its cache ended with.
+    document = jnp.take_along_axis(cache.segments, jnp.maximum(cache.lengths - 1, 0)[:, None], axis=1)
+    segments = jnp.where(real, jnp.where(cache.lengths[:, None] > 0, jnp.maximum(document, 1), 1), 0).astype(jnp.int32)
+    seen = model(tokens, segment_ids=segments, cache=cache, output="hidden", layers=layers)
+    last = jnp.take_along_axis(seen.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    where = jnp.where(real, tokens, vocabulary)  # out of bounds is dropped
+    prompt = jnp.zeros((batch, vocabulary), bool).at[jnp.arange(batch)[:, None], where].set(True, mode="drop")
+    state = begin(_rows(settings.budget, batch, samples), tokens, real)
+
+    def spread(x: jax.Array, axis: int = 0) -> jax.Array:
+        return x if samples == 1 else jnp.repeat(x, samples, axis=axis)
+
+    kept = seen.cache
+    kept = Cache(spread(kept.k, 1), spread(kept.v, 1), spread(kept.segments), spread(kept.lengths), spread(kept.positions))
+    rows = batch * samples
+    out = Generated(
+        tokens=jnp.full((rows, slots), settings.pad, jnp.int32),
+        lengths=jnp.zeros((rows,), jnp.int32),
+        finish_reason=jnp.zeros((rows,), jnp.int32),
+        logprobs=jnp.zeros((rows, slots), jnp.float32),
+        top_tokens=jnp.zeros((rows, slots, top), jnp.int32),
+        top_logprobs=jnp.zeros((rows, slots, top), jnp.float32),
+        cache=kept,
+    )
+    return Running(
+        step=jnp.int32(0),
+        logits=spread(model.logits(last)),
+        done=jnp.zeros((rows,), bool),
+        out=out,
+        budget=jax.tree.map(spread, state),
+        counts=jnp.zeros((rows, vocabulary), jnp.int32),
+        prompt=spread(prompt),
+    )
+
+
+def advance(
+    model: Qwen3, layers: Sequence[Layer] | None, running: Running, settings: Settings, until: Int[Array, ""]
+) -> Running:
+    """Write tokens until every row is done or has `until` of them.
+
+    Args:
+        model: any Qwen3.
+        layers: its layers one by one, or None to scan them.
+        running: what start or advance returned.
+        settings: the same as before.
+        until: at most settings.limit.
+
+    Returns:
+        The Running after them.
+    """
+
+    def goes_on(running: Running) -> Bool[Array, ""]:
+        return (running.step < until) & ~jnp.all(running.done)
+
+    def step(running: Running) -> Running:
+        return _step(model, layers, running, settings)
+
+    return jax.lax.while_loop(goes_on, step, running)
+
+
+def _step(model: Qwen3, layers: Sequence[Layer] | None, running: Running, settings: Settings) -> Running:
+    out, at, alive = running.out, running.step, ~running.done
+    rows = jnp.arange(out.lengths.shape[0])
+    token, forced, budget = _next_tokens(running, settings)
+    token = jnp.where(alive, token, settings.pad)
+    stopped = alive & ~forced & jnp.any(token[:, None] == settings.stop, axis=1)
+    done = running.done | stopped
+
+    raw = running.logits
+    normaliser = jax.nn.logsumexp(raw, axis=-1)
+    chosen = jnp.take_along_axis(raw, token[:, None], axis=1)[:, 0] - normaliser
+    top_logits, top_tokens = jax.lax.top_k(raw, out.top_tokens.shape[-1])
+    fed = model(
+        token[:, None],
+        segment_ids=_documents(out.cache, alive),
+        cache=out.cache,
+        output="hidden",
+        layers=layers,
+    )
+
+    def written(array: jax.Array, value: jax.Array) -> jax.Array:
+        value = jnp.where(alive.reshape(-1, *[1] * (value.ndim - 1)), value, array[:, at])
+        return jax.lax.dynamic_update_index_in_dim(array, value.astype(array.dtype), at, axis=1)
+
+    return Running(
+        step=at + 1,
+        logits=model.logits(fed.hidden[:, 0]),
+        done=done | (at + 1 >= settings.limit),
+        out=Generated(
+            tokens=written(out.tokens, token),
+            lengths=out.lengths + alive,
+            finish_reason=jnp.where(stopped, STOP, out.finish_reason),
+            logprobs=written(out.logprobs, chosen),
+            top_tokens=written(out.top_tokens, top_tokens),
+            top_logprobs=written(out.top_logprobs, top_logits - normaliser[:, None]),
+            cache=fed.cache,
+        ),
+        budget=budget,
+        counts=running.counts.at[rows, token].add(alive.astype(jnp.int32)),
+        prompt=running.prompt,
+    )
+
+
+def _next_tokens(running: Running, settings: Settings) -> tuple[Int[Array, " B"], Bool[Array, " B"], BudgetState]:
+    logits, sampling = running.logits, settings.sampling
+    if settings.hook is not None:
+        logits = settings.hook(logits, running.out.tokens, running.step)
+    logits = penalised(logits, sampling, running.counts, running.prompt)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(settings.keys, running.step)
+    return enforce(settings.budget, running.budget, running.step, sample(logits, sampling, keys))
+
+
+def _documents(cache: Cache, alive: Bool[Array, " B"]) -> Int[Array, "B 1"]:
+    """The document that each row goes on with; padding for rows that are done, which leaves their cache as it is."""
+    document = jnp.take_along_axis(cache.segments, (cache.lengths - 1)[:, None], axis=1)
+    return jnp.where(alive[:, None], document, 0)
+
+
+def _rows(rule: Any, batch: int, samples: int) -> Any:
+    """The budget of each prompt; only its ids are read."""
+    return rule if samples == 1 else dataclasses.replace(rule, tokens=rule.tokens[::samples][:batch])
+
+
+@functools.cache
+def _partial(hook: LogitsHook) -> jax.tree_util.Partial:
+    return jax.tree_util.Partial(hook)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8, 9))
+def _generate(
+    model: Qwen3,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    cache: Cache | None,
+    settings: Settings,
+    slots: int,
+    capacity: int,
+    top: int,
+    samples: int,
+    unstacked: bool,
+) -> Generated:
+    layers = unstack(model) if unstacked else None
+    cache = init_cache(model, tokens.shape[0], capacity) if cache is None else grown(cache, capacity)
+    running = start(model, layers, tokens, lengths, cache, settings, slots, top, samples)
+    return advance(model, layers, running, settings, settings.limit).out
+
+
+def grown(cache: Cache, capacity: int) -> Cache:
+    """The cache with more slots per row, or as it is.
+
+    Args:
+        cache: any.
+        capacity: slots per row, at least as many as it has.
+    """
+    more = capacity - cache.capacity
+    if not more:
+        return cache
+    large = ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))
+    segments = jnp.pad(cache.segments, ((0, 0), (0, more)))
+    return dataclasses.replace(cache, k=jnp.pad(cache.k, large), v=jnp.pad(cache.v, large), segments=segments)
+
+
+def _on_cpu(model: Qwen3) -> bool:
+    """Whether the weights are on CPU, where layers run faster one by one; in a caller's jit, the default backend decides."""
+    weight = model.embed.weight[...]
+    if isinstance(weight, jax.core.Tracer):
+        return jax.default_backend() == "cpu"
+    return all(device.platform == "cpu" for device in weight.devices())
+
+
+def _known(array: Any) -> bool:
+    return not isinstance(array, jax.core.Tracer)
+
+
+def _check_prompts(
+    tokens: Shaped[Array, "..."],
+    lengths: Any,
+    max_new_tokens: int,
+    logprobs: int,
+    samples: int,
+    key: Any,
+    sampling: Sampling,
+) -> int:
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or 0 in tokens.shape:
+        raise ValueError(f"tokens are {tokens.dtype}{list(tokens.shape)}: accepted are integers [B, T], at least [1, 1]")
+    for name, value, low in (("max_new_tokens", max_new_tokens, 1), ("samples", samples, 1), ("logprobs", logprobs, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"{name} is {value!r}: accepted is an integer >= {low}")
+    batch, length = tokens.shape
+    if lengths is not None and _known(lengths):
+        values = np.asarray(lengths)
+        if values.shape != (batch,) or not np.issubdtype(values.dtype, np.integer) or values.min() < 1 or values.max() > length:
+            raise ValueError(f"lengths is {lengths}: accepted are {batch} integers from 1 to {length}")
+    if key is None and not (_known(sampling.temperature) and np.all(np.asarray(sampling.temperature) == 0)):
+        raise ValueError("key is missing: accepted is jax.random.key(seed), or none where every temperature is 0")
+    return batch
+
+
+def _fitted(
+    model: Qwen3, tokens: jax.Array, max_new_tokens: int, cache: Cache | None, cache_len: int | None
+) -> tuple[jax.Array, int, Cache | None]:
+    """Prompts padded to a bucket, as far as the cache has room for it, and the cache's slots per row."""
+    batch, length = tokens.shape
+    padded = bucket(length)
+    if cache is None:
+        capacity = padded + bucket(max_new_tokens) if cache_len is None else cache_len
+        used = 0
+    else:
+        capacity = cache.capacity if cache_len is None else cache_len
+        used = int(cache.lengths.max()) if _known(cache.lengths) else 0
+        if cache.k.shape[1] != batch:
+            raise ValueError(f"cache has {cache.k.shape[1]} rows, tokens {batch}: accepted are as many")
+        if capacity < cache.capacity:
+            raise ValueError(f"cache_len is {cache_len}: accepted is at least the {cache.capacity} slots of the cache given")
+    needed = used + length + max_new_tokens
+    if needed > capacity:
+        where = "the cache has" if cache_len is None else "cache_len is"
+        raise ValueError(
+            f"{where} {capacity} slots per row: {used} in use, {length} tokens and {max_new_tokens} new ones need {needed}; "
+            "cache_len makes it larger"
+        )
+    # Padding is written to the cache too (and overwritten later): it must not run over its end.
+    room = cache is None or _known(cache.lengths)
+    padded = padded if room and used + padded <= capacity else length
+    return jnp.pad(tokens, ((0, 0), (0, padded - length))), capacity, cache

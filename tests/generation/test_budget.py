@@ -1,0 +1,127 @@
+"""The thinking budget against its definition in plain Python, and inside the jitted loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen3_jax import ThinkingBudget, generate
+from qwen3_jax.generation.budget import begin, budget_rule, enforce
+from tests.model.models import random_model
+
+THINK, END, TURN, STOP, NEWLINE = 1, 2, 3, 4, 5
+OPEN, EARLY = (THINK, NEWLINE), (6, 7, END, NEWLINE)
+STEPS = 16
+
+
+def budget(tokens):
+    return ThinkingBudget(tokens, END, EARLY, OPEN, THINK, TURN)
+
+
+def by_definition(prompt, drawn, tokens):
+    """What a row writes when the model would draw these tokens, as the issue of a budget says it in words."""
+    turn = prompt[len(prompt) - prompt[::-1].index(TURN) - 1 :] if TURN in prompt else prompt
+    written, forced = [], []
+    for step, token in enumerate(drawn):
+        if not forced and END not in turn + written and step >= tokens:
+            forced = [*(() if THINK in turn + written else OPEN), *EARLY]
+            written += forced
+        if step >= len(written):
+            written.append(token)
+            if token == STOP:
+                break
+    return written[: len(drawn)]
+
+
+@jax.jit
+def begun(rule, tokens, real):
+    return begin(rule, tokens, real)
+
+
+@jax.jit
+def enforced(rule, state, step, tokens):
+    return enforce(rule, state, step, tokens)
+
+
+# Few tokens, so that every special one is common.
+WORDS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    prompts=st.tuples(WORDS, WORDS, WORDS),
+    drawn=st.lists(st.lists(st.integers(1, 9), min_size=STEPS, max_size=STEPS), min_size=3, max_size=3),
+    tokens=st.lists(st.integers(0, STEPS + 2), min_size=3, max_size=3),
+)
+def test_rows_with_budgets_of_their_own(prompts, drawn, tokens):
+    rule = budget_rule(budget(np.asarray(tokens)), 3)
+    padded = np.zeros((3, 8), np.int32)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = prompt
+    real = np.arange(8) < np.asarray([len(prompt) for prompt in prompts])[:, None]
+    state, written, running = begun(rule, padded, real), [[], [], []], [True] * 3
+    for step in range(STEPS):
+        chosen, forced, state = enforced(rule, state, jnp.int32(step), jnp.asarray([row[step] for row in drawn], jnp.int32))
+        for row in range(3):
+            if running[row]:
+                written[row].append(int(chosen[row]))
+                running[row] = bool(forced[row]) or int(chosen[row]) != STOP
+    for row in range(3):
+        assert written[row] == by_definition(list(prompts[row]), drawn[row], tokens[row])
+
+
+def script(tokens, logits, written, step):
+    """A hook: row b draws tokens[b, step]."""
+    return jnp.where(jnp.arange(logits.shape[1]) == tokens[:, step][:, None], 1e4, -1e4)
+
+
+@pytest.mark.parametrize(
+    "prompt, drawn, tokens, wanted",
+    [
+        # Spent before a thought was opened: it is opened and closed.
+        ([TURN, 8], [9] * 12, 0, [*OPEN, *EARLY, 9, 9, 9, 9, 9, 9]),
+        # Spent within a thought.
+        ([TURN, 8], [THINK, *[9] * 11], 3, [THINK, 9, 9, *EARLY, 9, 9, 9, 9, 9]),
+        # The prompt opened the thought.
+        ([TURN, 8, THINK], [9] * 12, 2, [9, 9, *EARLY, 9, 9, 9, 9, 9, 9]),
+        # The thought ended in time.
+        ([TURN, 8], [THINK, 9, END, *[9] * 9], 4, [THINK, 9, END, *[9] * 9]),
+        # Thinking is off: the prompt closed it.
+        ([TURN, 8, THINK, END], [9] * 12, 0, [9] * 12),
+        # An earlier turn's thought does not count.
+        ([TURN, THINK, END, TURN, 8], [9] * 12, 1, [9, *OPEN, *EARLY, 9, 9, 9, 9, 9]),
+        # The end of the turn while thinking ends the row.
+        ([TURN, 8], [THINK, 9, STOP, *[9] * 9], 6, [THINK, 9, STOP]),
+        # Forced tokens count towards max_new_tokens.
+        ([TURN, 8], [THINK, *[9] * 11], 10, [THINK, *[9] * 9, *EARLY[:2]]),
+    ],
+)
+def test_inside_the_loop(prompt, drawn, tokens, wanted):
+    """A second row without pressure runs beside it."""
+    prompts = jnp.asarray([prompt + [0] * (6 - len(prompt)), [TURN, 8, 8, 8, 8, 8]], jnp.int32)
+    scripted = jnp.asarray([drawn, [9] * 12], jnp.int32)
+    out = generate(
+        random_model("dense"),
+        prompts,
+        lengths=[len(prompt), 6],
+        max_new_tokens=12,
+        stop_tokens=[STOP],
+        thinking=budget(np.asarray([tokens, 12])),
+        logits_hook=jax.tree_util.Partial(script, jnp.pad(scripted, ((0, 0), (0, 4)))),
+    )
+    assert list(out.tokens[0, : out.lengths[0]]) == wanted
+    assert list(out.tokens[1]) == [9] * 12
+    assert int(out.finish_reason[0]) == (wanted[-1] == STOP)
+
+
+def test_a_budget_of_three_fields():
+    """Without the other ids the whole prompt is the turn, and no thought needs opening."""
+    out = generate(random_model("dense"), jnp.asarray([[8, 8]]), max_new_tokens=6, thinking=ThinkingBudget(2, END, (6, END)))
+    assert list(out.tokens[0, 2:4]) == [6, END]
+    closed = generate(
+        random_model("dense"), jnp.asarray([[END, 8]]), max_new_tokens=6, thinking=ThinkingBudget(0, END, (6, END))
+    )
+    free = generate(random_model("dense"), jnp.asarray([[END, 8]]), max_new_tokens=6)
+    np.testing.assert_array_equal(closed.tokens, free.tokens)
