@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qwen3_jax.chat.session import Chat as Chat
     from qwen3_jax.chat.tokenizer import load_tokenizer as load_tokenizer
     from qwen3_jax.checkpoint.hf import from_pretrained as from_pretrained
     from qwen3_jax.checkpoint.hf import save_pretrained as save_pretrained
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Batch": "training.step",
+    "Chat": "chat.session",
     "Generated": "generation.loop",
     "Qwen3": "model.transformer",
     "Qwen3Config": "config",

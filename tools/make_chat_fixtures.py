@@ -1,15 +1,23 @@
-"""Write tests/fixtures/chat/hybrid.json: conversations as transformers renders them by the published template.
+"""Write tests/fixtures/chat/{hybrid,families,normal_forms}.json: what transformers makes of the published templates.
 
-Runs in an environment with transformers 5.23, which the package itself never needs:
+Runs in an environment with transformers, which the package itself never needs. The fixtures were written with 5.23 and
+compared with 4.57:
 
-    python tools/make_chat_fixtures.py FOLDER      a folder with Qwen3's tokenizer.json and tokenizer_config.json
+    python tools/make_chat_fixtures.py FOLDER TEMPLATES            write
+    python tools/make_chat_fixtures.py FOLDER TEMPLATES --check    compare with what is written
+
+FOLDER has Qwen3's tokenizer.json and tokenizer_config.json. TEMPLATES has the two published templates that are pinned below,
+as instruct_2507.jinja (also in TRL, trl/chat_templates/qwen3_instruct_2507.jinja) and coder.jinja (also in vLLM,
+examples/tool_chat_template_qwen3coder.jinja). Thinking-2507's is the hybrid one with another generation prompt.
 """
 
+import argparse
+import hashlib
 import json
 import random
-import sys
 from pathlib import Path
 
+import jinja2
 import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +34,38 @@ TOOLS = [
     },
     {"type": "function", "function": {"name": "b", "parameters": {}, "a_last": 1}},
 ]
+ARGUMENTS = [
+    {},
+    {"path": "a b", "n": 3},
+    {"flag": True, "none": None, "list": [1, "é"], "map": {"x": {"y": "<z>"}}, "text": "a\nb"},
+]
+MORE_TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "search",
+            "description": "  spaces around\n",
+            "strict": True,
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "query": {"type": "string", "description": " what ", "default": None, "minLength": 1},
+                    "kinds": {"type": ["array", "null"], "items": {"type": "string"}, "uniqueItems": False},
+                    "bare": {},
+                },
+                "required": ["query"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    {"name": "flat", "description": None, "parameters": {"properties": {"x": {"type": "integer"}}}},
+    {"type": "function", "function": {"name": "nothing"}},
+]
+# sha256 of the published templates that come in files of their own.
+PINNED = {
+    "instruct_2507": "64f85b198065d0fba2a81f37e10ed68161ce2c19a754c7100e67e0ca2ee9c326",
+    "coder": "5a38bfa05833266240066aedc497decc9b00cc0d3e3b8cceea98cf530196ab06",
+}
 
 
 def text(draw):
@@ -77,9 +117,35 @@ def conversation(draw):
     return messages, options
 
 
-def main():
-    """Write the fixture."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+def spoil(draw, messages):
+    """Now and then a content or an argument that some template refuses: the refusal is part of the fixture."""
+    kind = draw.randrange(12)
+    if kind == 0:
+        messages[0] = {"role": "system", "content": [{"type": "text", "text": "part"}]}
+    elif kind == 1:
+        messages.insert(0, {"role": "tool", "content": text(draw)})
+    elif kind == 2:
+        messages.append({"role": "tool", "content": draw.choice([{"a": 1}, 7])})
+    for message in messages:
+        # Text as arguments is refused by the Coder's template; most calls have objects, so that it renders most of them.
+        for call in message.get("tool_calls", []):
+            inner = call.get("function", call)
+            if isinstance(inner["arguments"], str) and draw.random() < 0.7:
+                inner["arguments"] = draw.choice(ARGUMENTS)
+        if message["role"] == "user" and not isinstance(message["content"], str) and draw.random() < 0.7:
+            message["content"] = text(draw)
+
+
+def render(tokenizer, messages, options, **template):
+    """The text; None where transformers refuses."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options, **template)
+    except (TypeError, jinja2.TemplateError):
+        return None
+
+
+def hybrid(tokenizer):
+    """200 conversations, 60 of them with ids, and 40 plain texts."""
     draw, cases = random.Random(0), []
     while len(cases) < 200:
         messages, options = conversation(draw)
@@ -87,12 +153,82 @@ def main():
         ids = tokenizer(rendered)["input_ids"] if len(cases) < 60 else None
         cases.append({"messages": messages, "options": options, "text": rendered, "ids": ids})
     texts = ["".join(draw.choices(WORDS + list("aé \n9'’"), k=12)) for _ in range(40)]
-    plain = [{"text": value, "ids": tokenizer(value)["input_ids"]} for value in texts]
-    folder = ROOT / "tests" / "fixtures" / "chat"
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"cases": cases, "plain": plain}
-    (folder / "hybrid.json").write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n", "utf-8")
-    print(len(cases), "conversations")
+    return {"cases": cases, "plain": [{"text": value, "ids": tokenizer(value)["input_ids"]} for value in texts]}
+
+
+def families(tokenizer, templates):
+    """40 conversations, each by every family's template."""
+    draw, cases = random.Random(1), []
+    while len(cases) < 40:
+        messages, options = conversation(draw)
+        if draw.random() < 0.5:
+            options["tools"] = draw.sample(TOOLS + MORE_TOOLS, draw.randrange(1, 4))
+        spoil(draw, messages)
+        texts = {name: render(tokenizer, messages, options, chat_template=source) for name, source in templates.items()}
+        cases.append({"messages": messages, "options": options, "texts": texts})
+    return {"cases": cases}
+
+
+def normal_forms(tokenizer, templates):
+    """What transformers does to messages before the template sees them, from version 5 on: no nulls, one name of reasoning."""
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    conversations = [
+        [{"role": "system", "content": None}, user],
+        [user, {"role": "assistant", "content": None, "tool_calls": None}, {"role": "tool", "content": None}],
+        [user, answer | {"reasoning": "r"}],
+        [user, answer | {"thinking": "t", "reasoning": "r"}],
+        [user, answer | {"thinking": "t", "reasoning_content": ""}],
+        [user, answer | {"reasoning_content": None, "reasoning": "r"}],
+    ]
+    sources = {**templates, "whole": "{% for message in messages %}{{ message | tojson }}{{ documents is none }}{% endfor %}"}
+    return {
+        "cases": [
+            {
+                "messages": messages,
+                "options": {},
+                "texts": {name: render(tokenizer, messages, {}, chat_template=source) for name, source in sources.items()},
+            }
+            for messages in conversations
+        ]
+    }
+
+
+def published(tokenizer, folder):
+    """Each family's published template."""
+    sources = {"hybrid": tokenizer.chat_template}
+    before, _ = tokenizer.chat_template.split("{%- if add_generation_prompt %}")
+    prompt = "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
+    sources["thinking_2507"] = before + prompt
+    for name, digest in PINNED.items():
+        content = (folder / f"{name}.jinja").read_bytes()
+        found = hashlib.sha256(content).hexdigest()
+        if found != digest:
+            raise SystemExit(f"{folder / name}.jinja has sha256 {found}: accepted is {digest}")
+        sources[name] = content.decode()
+    return sources
+
+
+def main():
+    """Write or compare the fixtures."""
+    parser = argparse.ArgumentParser(description="Chat fixtures by transformers.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("templates", type=Path)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.folder)
+    templates = published(tokenizer, options.templates)
+    contents = {"hybrid": hybrid(tokenizer), "families": families(tokenizer, templates)}
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        contents["normal_forms"] = normal_forms(tokenizer, templates)
+    place = ROOT / "tests" / "fixtures" / "chat"
+    place.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        file, written = place / f"{name}.json", json.dumps(content, ensure_ascii=False, indent=0) + "\n"
+        if not options.check:
+            file.write_text(written, "utf-8")
+        elif file.read_text("utf-8") != written:
+            raise SystemExit(f"{file}: transformers {transformers.__version__} renders otherwise")
+        print(f"{file.name}: {len(content['cases'])} conversations, transformers {transformers.__version__}")
 
 
 if __name__ == "__main__":

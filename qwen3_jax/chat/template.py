@@ -269,3 +269,31 @@ def render(source: str, values: Mapping[str, Any]) -> str:
         raise TemplateError(f"the chat template failed: {error}") from error
     finally:
         _current.reset(outer)
+
+
+# Names that a message's reasoning goes by; the first is what Qwen3's templates read.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+def normal_form(messages: Iterable[Any]) -> list[dict[str, Any]]:
+    """Messages as transformers 5 hands them to a template: no key with a null, and reasoning under the name that is read.
+
+    Args:
+        messages: of a conversation, objects; left as they are.
+
+    Returns:
+        New ones.
+
+    Raises:
+        TemplateError: a message that is no object.
+    """
+    normal = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise TemplateError(f"messages[{number}] is {type(message).__name__}: accepted is an object with role and content")
+        filled = {key: value for key, value in message.items() if value is not None}
+        reasoning = next((filled[name] for name in _REASONING if name in filled), None)
+        if reasoning is not None:
+            filled = {"thinking": reasoning, **filled, "reasoning_content": reasoning}
+        normal.append(filled)
+    return normal

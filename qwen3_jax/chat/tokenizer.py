@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -12,13 +11,21 @@ from typing import Any, Literal, overload
 
 from tokenizers import Tokenizer as Core
 
-from qwen3_jax.chat.template import render
+from qwen3_jax.chat.family import family_of, family_template
+from qwen3_jax.chat.files import TokenizerError, json_object, load_core
+from qwen3_jax.chat.template import normal_form, render
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "vocab.json", "merges.txt")
+__all__ = ["Tokenizer", "TokenizerError", "load_tokenizer"]
 
-
-class TokenizerError(ValueError):
-    """A tokenizer folder that is refused: which file, what was found, what is accepted."""
+FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+# What ends a thought whose budget is spent: the form of words in the Qwen documentation's page on the thinking budget.
+EARLY_STOP = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now."
+    "\n</think>\n\n"
+)
 
 
 class Tokenizer:
@@ -27,14 +34,15 @@ class Tokenizer:
     Made by load_tokenizer. `template` is the jinja2 source, `folder` where the files are.
     """
 
-    def __init__(self, folder: Path, core: Core, config: Mapping[str, Any], template: str):
+    def __init__(self, folder: Path, core: Core, config: Mapping[str, Any], template: str, own_template: bool = True):
         self.folder = folder
         self.template = template
+        self._own_template = own_template
         self._core = core
         self._config = config
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; special tokens that stand in it are recognised, and none is added."""
+        """Ids of a text; special tokens in it are recognised. The embedding folders' end of text is added, nothing else is."""
         return self._core.encode(text, add_special_tokens=True).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
@@ -99,11 +107,42 @@ class Tokenizer:
         """
         if not messages:
             raise TokenizerError("messages is empty: accepted is at least one message")
-        names = dict(self._special, messages=list(messages), tools=tools, add_generation_prompt=add_generation_prompt)
+        # `documents` is always defined in transformers, and templates ask.
+        names: dict[str, Any] = {**self._special, "messages": normal_form(messages), "tools": tools, "documents": None}
+        names["add_generation_prompt"] = add_generation_prompt
         if enable_thinking is not None:
             names["enable_thinking"] = enable_thinking
         text = render(self.template, names | values)
-        return self.encode(text) if tokenize else text
+        # What the template wrote is the whole text: nothing is added to it.
+        return self._core.encode(text, add_special_tokens=False).ids if tokenize else text
+
+    def thinking_budget(self, tokens: Any) -> Any:
+        """A limit on thinking for `generate`, with the ids that it needs.
+
+        Args:
+            tokens: how many tokens a thought may take: a number >= 0, or one per row [B].
+
+        Returns:
+            A qwen3_jax.generation.budget.ThinkingBudget.
+
+        Raises:
+            TokenizerError: the vocabulary has no </think> token.
+        """
+        # Text needs no jax until it is asked for this.
+        from qwen3_jax.generation.budget import ThinkingBudget
+
+        end = self._core.token_to_id("</think>")
+        if end is None:
+            raise TokenizerError(f"{self.folder}: the vocabulary has no token </think>: accepted is one of a model that thinks")
+        think, turn = self._core.token_to_id("<think>"), self._core.token_to_id("<|im_start|>")
+        return ThinkingBudget(
+            tokens=tokens,
+            end_id=end,
+            early_stop_ids=self._ids(EARLY_STOP),
+            open_ids=() if think is None else self._ids("<think>\n"),
+            think_id=-1 if think is None else think,
+            turn_id=-1 if turn is None else turn,
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -129,13 +168,21 @@ class Tokenizer:
     @functools.cached_property
     def generation_config(self) -> dict[str, Any]:
         """The folder's generation_config.json; empty where there is none."""
-        return _json_object(self.folder / "generation_config.json", {})
+        return json_object(self.folder / "generation_config.json")
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Copy the tokenizer's files into a folder that exists."""
+        """Copy the tokenizer's files into a folder that exists; the family's chat template where they hold none.
+
+        Args:
+            folder: may be the tokenizer's own.
+        """
+        folder = Path(folder)
         for name in FILES:
-            if (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, Path(folder) / name)
+            source = self.folder / name
+            if source.is_file() and source.resolve() != (folder / name).resolve():
+                shutil.copyfile(source, folder / name)
+        if not self._own_template:
+            (folder / "chat_template.jinja").write_text(self.template, "utf-8")
 
     @functools.cached_property
     def _special(self) -> dict[str, str]:
@@ -143,61 +190,53 @@ class Tokenizer:
         keys = ("bos_token", "eos_token", "pad_token", "unk_token")
         return {key: text for key in keys if (text := _text(self._config.get(key)))}
 
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._core.encode(text, add_special_tokens=False).ids)
+
     def _id_of(self, key: str) -> int | None:
         text = _text(self._config.get(key))
         return None if text is None else self._core.token_to_id(text)
 
 
-def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
-    """The tokenizer of a model folder.
+def load_tokenizer(folder: str | PathLike[str], family: str | None = None) -> Tokenizer:
+    """The tokenizer of a model folder, of the folder's own files alone.
 
     Args:
-        folder: holds tokenizer.json; tokenizer_config.json, chat_template.jinja and generation_config.json where there are.
-            The chat template is the folder's own, else the hybrid Qwen3's.
+        folder: holds tokenizer.json, or vocab.json and merges.txt; tokenizer_config.json, a chat template and
+            generation_config.json where there are.
+        family: whose chat template serves a folder that has none of its own: hybrid, instruct_2507, thinking_2507, coder or
+            embedding. None: what the folder says it was made from, else hybrid. The folder's own template goes before both.
 
     Returns:
         The tokenizer.
 
     Raises:
-        TokenizerError: a file that is missing or broken, by its path.
+        TokenizerError: a file that is missing or broken, by its path, or an unknown family.
     """
     folder = Path(folder)
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise TokenizerError(f"{file} is not there: accepted is a folder with a tokenizer.json")
-    try:
-        core = Core.from_file(str(file))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise TokenizerError(f"{file} is no tokenizer: {error}") from error
-    config = _json_object(folder / "tokenizer_config.json", {})
-    return Tokenizer(folder, core, config, _template(folder, config))
+    given = None if family is None else family_template(family)  # an unknown one is refused whatever the folder holds
+    config = json_object(folder / "tokenizer_config.json")
+    core = load_core(folder, config)
+    own = _own_template(folder, config)
+    if own is not None:
+        return Tokenizer(folder, core, config, own)
+    return Tokenizer(folder, core, config, given or family_template(family_of(folder)), own_template=False)
 
 
-def _template(folder: Path, config: Mapping[str, Any]) -> str:
-    own = folder / "chat_template.jinja"
-    if own.is_file():
-        return own.read_text("utf-8")
-    given = config.get("chat_template") or _json_object(folder / "chat_template.json", {}).get("chat_template")
+def _own_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{file} is no UTF-8 text: {error}") from error
+    given = config.get("chat_template") or json_object(folder / "chat_template.json").get("chat_template")
     if isinstance(given, list):  # several, by name
         named = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
         given = named.get("default")
-    if given is None:
-        return (Path(__file__).parent / "templates" / "hybrid.jinja").read_text("utf-8")
-    if not isinstance(given, str):
+    if given is not None and not isinstance(given, str):
         raise TokenizerError(f"{folder}: chat_template is {type(given).__name__}: accepted is text, or a list with a 'default'")
     return given
-
-
-def _json_object(file: Path, absent: dict[str, Any]) -> dict[str, Any]:
-    if not file.is_file():
-        return absent
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise TokenizerError(f"{file} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{file} holds a JSON {type(content).__name__}: accepted is an object")
-    return content
 
 
 def _text(token: Any) -> str | None:

@@ -152,7 +152,7 @@ def generate(
     tokens, capacity, cache = _fitted(model, tokens, max_new_tokens, cache, cache_len)
     settings = make_settings(model, rows, sampling, key, stop_tokens, thinking, logits_hook, max_new_tokens)
     slots = bucket(max_new_tokens)
-    out = _generate(model, tokens, lengths, cache, settings, slots, capacity, logprobs, samples, _on_cpu(model))
+    out = _generate(model, tokens, lengths, cache, settings, slots, capacity, logprobs, samples, on_cpu(model))
     if slots == max_new_tokens:
         return out
     cut = {name: getattr(out, name)[:, :max_new_tokens] for name in ("tokens", "logprobs", "top_tokens", "top_logprobs")}
@@ -413,7 +413,7 @@ def grown(cache: Cache, capacity: int) -> Cache:
     return dataclasses.replace(cache, k=jnp.pad(cache.k, large), v=jnp.pad(cache.v, large), segments=segments)
 
 
-def _on_cpu(model: Qwen3) -> bool:
+def on_cpu(model: Qwen3) -> bool:
     """Whether the weights are on CPU, where layers run faster one by one; in a caller's jit, the default backend decides."""
     weight = model.embed.weight[...]
     if isinstance(weight, jax.core.Tracer):

@@ -6,17 +6,61 @@ from pathlib import Path
 
 import pytest
 
-import qwen3_jax.chat.template as home
-from qwen3_jax.chat.template import TemplateError, render
+from qwen3_jax.chat.family import TEMPLATES, family_template
+from qwen3_jax.chat.template import TemplateError, normal_form, render
 
-HYBRID = (Path(home.__file__).parent / "templates" / "hybrid.jinja").read_text("utf-8")
-FIXTURE = json.loads((Path(__file__).parents[1] / "fixtures" / "chat" / "hybrid.json").read_text("utf-8"))
+HYBRID = family_template("hybrid")
+
+
+def fixture(name):
+    return json.loads((Path(__file__).parents[1] / "fixtures" / "chat" / f"{name}.json").read_text("utf-8"))
+
+
+FIXTURE = fixture("hybrid")
 
 
 def test_two_hundred_conversations_render_as_transformers_does():
     assert len(FIXTURE["cases"]) == 200
     for case in FIXTURE["cases"]:
         assert render(HYBRID, {"messages": case["messages"], **case["options"]}) == case["text"]
+
+
+@pytest.mark.parametrize("family", ["hybrid", "instruct_2507", "thinking_2507", "coder"])
+@pytest.mark.parametrize("name, cases, refused", [("families", 40, 3), ("normal_forms", 6, 0)])
+def test_every_family_renders_as_transformers_does(family, name, cases, refused):
+    source = family_template(family)
+    found = fixture(name)["cases"]
+    refusals = 0
+    for case in found:
+        values = {"messages": normal_form(case["messages"]), "tools": None, **case["options"]}
+        want = case["texts"][family]
+        if want is None:  # transformers raises: a content or an argument that the template takes as text, and is none
+            refusals += 1
+            with pytest.raises(TemplateError):
+                render(source, values)
+        else:
+            assert render(source, values) == want
+    assert len(found) == cases and refusals >= refused
+
+
+def test_messages_reach_a_template_in_transformers_normal_form():
+    source = "{% for message in messages %}{{ message | tojson }}{{ documents is none }}{% endfor %}"
+    for case in fixture("normal_forms")["cases"]:
+        before = json.dumps(case["messages"])
+        assert render(source, {"messages": normal_form(case["messages"]), "documents": None}) == case["texts"]["whole"]
+        assert json.dumps(case["messages"]) == before
+
+
+def test_the_families_generation_prompts():
+    values = {"messages": [{"role": "user", "content": "a"}], "add_generation_prompt": True}
+    ends = {family: render(family_template(family), values).partition("<|im_start|>assistant\n")[2] for family in TEMPLATES}
+    assert ends == {"hybrid": "", "instruct_2507": "", "thinking_2507": "<think>\n", "coder": "", "embedding": ""}
+    # The 2507 and Coder models do not switch.
+    for family in ("instruct_2507", "thinking_2507", "coder"):
+        for thinking in (True, False):
+            assert render(family_template(family), values | {"enable_thinking": thinking}) == render(
+                family_template(family), values
+            )
 
 
 @pytest.mark.parametrize(

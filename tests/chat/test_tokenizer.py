@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_jax import load_tokenizer
+from qwen3_jax.chat.template import TemplateError, normal_form
 from qwen3_jax.chat.tokenizer import TokenizerError
 from tools.demo.corpus import train_tokenizer
 
@@ -49,6 +50,7 @@ def test_the_family_s_template_serves_a_folder_without_one(folder):
 def test_the_folder_s_own_template_goes_first(folder, tmp_path, where):
     tok = load_tokenizer(folder)
     tok.save(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
     own = "{{ eos_token }}{{ messages[0].content }}"
     if where == "chat_template.jinja":
         (tmp_path / where).write_text(own)
@@ -72,3 +74,53 @@ def test_broken_folders_are_refused_by_path(folder, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("[1]")
     with pytest.raises(TokenizerError, match="tokenizer_config.json holds a JSON list"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(TokenizerError, match="chat_template.jinja is no UTF-8 text"):
+        load_tokenizer(tmp_path)
+
+
+def test_saved_again_a_folder_keeps_its_family_s_template(folder, tmp_path):
+    tok = load_tokenizer(folder, family="thinking_2507")
+    tok.save(tmp_path)
+    again = load_tokenizer(tmp_path, family="coder")  # the folder's own template goes before the family asked for
+    assert again.template == tok.template
+    again.save(tmp_path)  # onto itself
+    assert (
+        load_tokenizer(tmp_path).apply_chat_template(SAMPLE, add_generation_prompt=True, tokenize=False).endswith("<think>\n")
+    )
+
+
+def test_a_template_s_text_is_the_whole_text(folder, tmp_path):
+    """Embedding folders end an encoded text with an end of text, by their tokenizer.json; a rendered conversation has none."""
+    load_tokenizer(folder).save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    end = load_tokenizer(folder).pad_token_id
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [end], "tokens": ["<|endoftext|>"]}},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    tok = load_tokenizer(tmp_path)
+    assert tok.encode("ab")[-1] == end
+    assert tok.apply_chat_template(SAMPLE) == load_tokenizer(folder).apply_chat_template(SAMPLE)
+    assert end not in tok.thinking_budget(1).early_stop_ids
+
+
+def test_a_budget_needs_the_token_that_ends_a_thought(folder, tmp_path):
+    load_tokenizer(folder).save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "</think>"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    with pytest.raises(TokenizerError, match="the vocabulary has no token </think>"):
+        load_tokenizer(tmp_path).thinking_budget(5)
+
+
+def test_messages_that_are_none_are_refused(folder):
+    tok = load_tokenizer(folder)
+    with pytest.raises(TokenizerError, match="messages is empty"):
+        tok.apply_chat_template([])
+    with pytest.raises(TemplateError, match="messages\\[1\\] is list"):
+        normal_form([{"role": "user", "content": "a"}, []])

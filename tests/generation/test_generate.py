@@ -22,7 +22,7 @@ HOT = Sampling(temperature=1.2, top_k=30)
 @pytest.mark.parametrize("unstacked", [True, False], ids=["unstacked", "scanned"])
 def test_greedy_rows_are_the_models_first_choices(name, unstacked, monkeypatch):
     """Both ways to run the layers, rows of different lengths, chosen and top log-probabilities of the whole text at once."""
-    monkeypatch.setattr(loop, "_on_cpu", lambda model: unstacked)
+    monkeypatch.setattr(loop, "on_cpu", lambda model: unstacked)
     model, tokens, new = random_model(name), random_tokens(3, 13), 20
     out = generate(model, tokens, lengths=LENGTHS, max_new_tokens=new, logprobs=2)
     assert list(out.lengths) == [new] * 3 and list(out.finish_reason) == [0] * 3

@@ -1,0 +1,204 @@
+"""A conversation with a model: messages in, thought and content out as they are written."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen3_jax.chat.thinking import ThinkingParser, thought_is_open
+from qwen3_jax.chat.tokenizer import Tokenizer
+from qwen3_jax.generation.cache import init_cache
+from qwen3_jax.generation.loop import Running, Settings, advance, bucket, make_settings, on_cpu, start
+from qwen3_jax.generation.sample import Sampling
+from qwen3_jax.generation.unstack import unstack
+from qwen3_jax.model.transformer import Layer, Qwen3
+
+CHUNK = 8  # tokens between two looks at what was written
+_LONGEST_CHARACTER = 8  # tokens that one character may be spread over; more are bytes that are no text
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What an answer grew by; one of the two is empty."""
+
+    thinking: str = ""
+    content: str = ""
+
+
+class Chat:
+    """Answers conversations with a model. Keeps no history: every call is given all messages."""
+
+    def __init__(self, model: Qwen3, tok: Tokenizer):
+        """Make the session; on CPU this copies the weights that are not experts' once.
+
+        Args:
+            model: any Qwen3.
+            tok: of the same checkpoint.
+        """
+        self.model, self.tok = model, tok
+        self._layers = jax.jit(unstack)(model) if on_cpu(model) else None
+
+    def stream(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        thinking: bool | int | None = None,
+        sampling: Sampling | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        stop: Sequence[str] = (),
+        max_new_tokens: int = 2048,
+        seed: int = 0,
+    ) -> Iterator[Delta]:
+        """An answer, piece by piece. Close the iterator (or leave the loop) to stop it.
+
+        Args:
+            messages: the conversation, as apply_chat_template takes it.
+            thinking: True or False as the template's enable_thinking; None leaves it to the template; an integer is True with
+                that budget in tokens.
+            sampling: None takes the folder's generation_config, or else what the family recommends.
+            tools: JSON schemas of functions.
+            stop: strings that end the answer's content; they are not part of it.
+            max_new_tokens: thought and content together.
+            seed: of the draw.
+
+        Yields:
+            Pieces with text in them.
+
+        Raises:
+            ValueError: an argument that generate or the template refuses.
+        """
+        budget = None
+        if thinking is not None and not isinstance(thinking, bool):
+            budget, thinking = self.tok.thinking_budget(thinking), True
+        prompt = self.tok.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=True, enable_thinking=thinking, tokenize=False
+        )
+        ids = self.tok.encode(prompt)
+        settings = make_settings(
+            self.model,
+            1,
+            sampling or default_sampling(self.tok.generation_config, thinking),
+            jax.random.key(seed),
+            self.tok.stop_token_ids,
+            budget,
+            None,
+            max_new_tokens,
+        )
+        parser, watch = ThinkingParser(thought_is_open(prompt)), _StopStrings(stop)
+        for text in _text(self.tok, self._tokens(ids, settings, max_new_tokens)):
+            for piece in parser.feed(text):
+                if piece.kind == "thinking":
+                    yield Delta(thinking=piece.text)
+                elif shown := watch.feed(piece.text):
+                    yield Delta(content=shown)
+            if watch.found:
+                return
+        for piece in parser.close():
+            if piece.kind == "thinking":
+                yield Delta(thinking=piece.text)
+            elif shown := watch.feed(piece.text):
+                yield Delta(content=shown)
+        if rest := watch.close():
+            yield Delta(content=rest)
+
+    def _tokens(self, ids: Sequence[int], settings: Settings, limit: int) -> Iterator[list[int]]:
+        """New tokens as they are written, the one that ends the turn left out."""
+        padded, slots = bucket(len(ids)), bucket(limit)
+        tokens = np.zeros((1, padded), np.int32)
+        tokens[0, : len(ids)] = ids
+        running = _begin(
+            self.model, self._layers, jnp.asarray(tokens), jnp.asarray([len(ids)]), settings, slots, padded + slots
+        )
+        seen = 0
+        while True:
+            running = _more(self.model, self._layers, running, settings, jnp.minimum(seen + CHUNK, settings.limit))
+            count, stopped = int(running.out.lengths[0]), bool(running.out.finish_reason[0])
+            yield [int(token) for token in running.out.tokens[0, seen : count - stopped]]
+            if bool(running.done[0]):
+                return
+            seen = count
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _begin(
+    model: Qwen3,
+    layers: Sequence[Layer] | None,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    settings: Settings,
+    slots: int,
+    capacity: int,
+) -> Running:
+    cache = init_cache(model, tokens.shape[0], capacity)
+    return start(model, layers, tokens, lengths, cache, settings, slots, 0, 1)
+
+
+@functools.partial(jax.jit, donate_argnums=2)
+def _more(model: Qwen3, layers: Sequence[Layer] | None, running: Running, settings: Settings, until: jax.Array) -> Running:
+    return advance(model, layers, running, settings, until)
+
+
+def default_sampling(config: Mapping[str, Any], thinking: bool | None) -> Sampling:
+    """How a checkpoint wants its tokens drawn.
+
+    Args:
+        config: its generation_config; empty where it has none.
+        thinking: whether the answer thinks; None is yes.
+
+    Returns:
+        The file's own settings. Without a file, what the model cards recommend: temperature 0.6, top-p 0.95, top-k 20 for
+        thinking, 0.7, 0.8 and 20 else.
+    """
+    if not config:
+        return Sampling(temperature=0.7, top_p=0.8, top_k=20) if thinking is False else Sampling(0.6, top_p=0.95, top_k=20)
+    if not config.get("do_sample", False):
+        return Sampling(temperature=0.0, repetition_penalty=config.get("repetition_penalty") or 1.0)
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return Sampling(**{name: config[name] for name in names if config.get(name) is not None})
+
+
+def _text(tok: Tokenizer, chunks: Iterator[list[int]]) -> Iterator[str]:
+    """The text of tokens that come in chunks, cut between characters."""
+    held: list[int] = []
+    for chunk in chunks:
+        for token in chunk:
+            held.append(token)
+            text = tok.decode(held, skip_special_tokens=True)
+            # A character whose bytes are not all there yet decodes as U+FFFD.
+            if not text.endswith("\ufffd") or len(held) >= _LONGEST_CHARACTER:
+                held = []
+                yield text
+    if held:
+        yield tok.decode(held, skip_special_tokens=True)
+
+
+class _StopStrings:
+    """Passes text on until a stop string stands in it; what may be the beginning of one is held back."""
+
+    def __init__(self, stop: Sequence[str]):
+        if isinstance(stop, str) or not all(isinstance(word, str) and word for word in stop):
+            raise ValueError(f"stop is {stop!r}: accepted is a sequence of strings that are not empty")
+        self._stop, self._held, self.found = tuple(stop), "", False
+
+    def feed(self, text: str) -> str:
+        self._held += text
+        ends = [at for word in self._stop if (at := self._held.find(word)) >= 0]
+        if ends:
+            self.found = True
+            return self._held[: min(ends)]
+        most = max((len(word) for word in self._stop), default=1) - 1
+        keep = next((n for n in range(min(most, len(self._held)), 0, -1) if self._may_begin(self._held[-n:])), 0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def _may_begin(self, text: str) -> bool:
+        return any(word.startswith(text) for word in self._stop)
+
+    def close(self) -> str:
+        return "" if self.found else self._held

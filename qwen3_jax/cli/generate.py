@@ -1,0 +1,76 @@
+"""`qwen3-jax generate MODEL PROMPT...`: plain continuations, all prompts in one batch."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Continue prompts; the chat template is not used."""
+
+    model: tyro.conf.Positional[str]
+    """Folder of the model."""
+    prompts: tyro.conf.Positional[tuple[str, ...]]
+    """Texts to continue."""
+    max_new_tokens: int = 128
+    """Tokens written at most, per prompt."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Only the k most probable tokens; 0 is all."""
+    top_p: float = 1.0
+    """Only the most probable tokens that together reach p."""
+    min_p: float = 0.0
+    """Only tokens at least this times as probable as the first."""
+    seed: int = 0
+    """Of the draw."""
+    samples: int = 1
+    """Continuations per prompt."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of computation; float32 on CPU, else bfloat16."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+        argv: the words after `qwen3-jax generate`.
+
+    Returns:
+        Exit code.
+    """
+    options = tyro.cli(Options, args=argv, prog="qwen3-jax generate")
+    if not options.prompts or not all(options.prompts):
+        raise ValueError("prompts: accepted is at least one, none of them empty")
+
+    import jax
+    import numpy as np
+    from rich.console import Console
+    from rich.markup import escape
+
+    from qwen3_jax import Sampling, from_pretrained, generate, load_tokenizer
+
+    tok = load_tokenizer(options.model)
+    model = from_pretrained(options.model, dtype=options.dtype)
+    rows = [tok.encode(prompt) for prompt in options.prompts]
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = ids
+    out = generate(
+        model,
+        jax.numpy.asarray(tokens),
+        lengths=[len(ids) for ids in rows],
+        max_new_tokens=options.max_new_tokens,
+        sampling=Sampling(options.temperature, options.top_k, options.top_p, options.min_p),
+        key=jax.random.key(options.seed),
+        stop_tokens=tok.stop_token_ids,
+        samples=options.samples,
+    )
+    console = Console(highlight=False)
+    for number, (ids, length) in enumerate(zip(np.asarray(out.tokens), np.asarray(out.lengths), strict=True)):
+        text = tok.decode(ids[:length], skip_special_tokens=True)
+        console.print(f"[dim]{escape(options.prompts[number // options.samples])}[/]{escape(text)}", soft_wrap=True)
+    return 0
