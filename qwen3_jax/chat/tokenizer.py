@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, SupportsIndex, overload
 
+import numpy as np
 from tokenizers import Tokenizer as Core
 
 from qwen3_jax.chat.family import family_of, family_template
@@ -45,17 +46,17 @@ class Tokenizer:
         """Ids of a text; special tokens in it are recognised. The embedding folders' end of text is added, nothing else is."""
         return self._core.encode(text, add_special_tokens=True).ids
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], skip_special_tokens: bool = False) -> str:
         """The text of ids.
 
         Args:
-            ids: as encode gives them; an id without a token gives nothing.
+            ids: as encode gives them, or a row of an array; an id without a token gives nothing.
             skip_special_tokens: leave out the special ones; `<think>` and `</think>` are none.
 
         Returns:
             The text; bytes that are no UTF-8 become U+FFFD.
         """
-        return self._core.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
+        return self._core.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=skip_special_tokens)
 
     @overload
     def apply_chat_template(

@@ -22,8 +22,8 @@ class Options:
     """Folder of the model."""
     system: str | None = None
     """System prompt."""
-    thinking: bool | None = None
-    """Think or not; the model's own way by default."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """Think or not; auto is the model's own way."""
     thinking_budget: int | None = None
     """Tokens that a thought may take."""
     temperature: float | None = None
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         Exit code.
     """
     options = tyro.cli(Options, args=argv, prog="qwen3-jax chat")
-    if options.thinking_budget is not None and options.thinking is False:
+    if options.thinking_budget is not None and options.thinking == "off":
         raise ValueError("thinking_budget and no thinking contradict each other: accepted is one of them")
 
     from rich.console import Console
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     console = Console(highlight=False)
     tok = load_tokenizer(options.model)
     chat = Chat(from_pretrained(options.model, dtype=options.dtype), tok)
-    thinking, sampling = options.thinking, None
+    thinking, sampling = {"auto": None, "on": True, "off": False}[options.thinking], None
     if options.temperature is not None:
         sampling = Sampling(temperature=options.temperature)
     opening = [] if options.system is None else [{"role": "system", "content": options.system}]

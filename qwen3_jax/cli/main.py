@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from qwen3_jax import __version__
 
 COMMANDS = {
-    "convert": "Hugging Face folder to native (Orbax) form or back, streaming",
-    "inspect": "what a model folder holds: shape, parameters, bytes, tensors",
     "generate": "complete prompts",
     "chat": "talk to a model, thinking or not",
 }

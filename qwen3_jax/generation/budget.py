@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 UNLIMITED = np.iinfo(np.int32).max
-_FORCED = 64  # slots for forced tokens, so that their number never makes a program be traced again
+_FORCED = 64  # forced tokens get a multiple of so many slots, so that their number seldom makes a program be traced again
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +49,7 @@ class BudgetRule:
     Attributes:
         tokens: [B] int32.
         end_id, think_id, turn_id: int32 scalars.
-        forced: [_FORCED] int32, open_ids and then early_stop_ids.
+        forced: [F] int32, open_ids and then early_stop_ids.
         opening, total: int32 scalars, how many of `forced` are open_ids, and how many there are.
     """
 
@@ -89,14 +89,14 @@ def budget_rule(budget: ThinkingBudget | None, batch: int) -> BudgetRule:
         The rule.
 
     Raises:
-        ValueError: a negative budget, one that is neither a number nor [B], or no or too many forced tokens.
+        ValueError: a negative budget, one that is neither a number nor [B], or no early_stop_ids.
     """
     if budget is None:
         budget = ThinkingBudget(tokens=UNLIMITED, end_id=-1, early_stop_ids=(0,))
     opening, closing = _ids("open_ids", budget.open_ids), _ids("early_stop_ids", budget.early_stop_ids)
     total = opening.shape[0] + closing.shape[0]
-    if closing.shape[0] == 0 or total > _FORCED:
-        raise ValueError(f"thinking: {total} tokens would be forced: accepted are 1 to {_FORCED}")
+    if closing.shape[0] == 0:
+        raise ValueError("thinking: early_stop_ids is empty: accepted is at least one token")
     tokens = budget.tokens
     if not isinstance(tokens, jax.core.Tracer):
         values = np.asarray(tokens)
@@ -106,7 +106,7 @@ def budget_rule(budget: ThinkingBudget | None, batch: int) -> BudgetRule:
     tokens = jnp.asarray(tokens, jnp.int32)
     if tokens.shape not in ((), (batch,)):
         raise ValueError(f"thinking: tokens has shape {list(tokens.shape)}: accepted is a number or [{batch}], one per row")
-    forced = jnp.concatenate([opening, closing, jnp.zeros((_FORCED - total,), jnp.int32)])
+    forced = jnp.concatenate([opening, closing, jnp.zeros((-total % _FORCED,), jnp.int32)])
     return BudgetRule(
         tokens=jnp.broadcast_to(tokens, (batch,)),
         end_id=jnp.asarray(budget.end_id, jnp.int32),
@@ -163,7 +163,7 @@ def enforce(
     first = jnp.where(state.opened, rule.opening, 0)
     at = jnp.where(spent, first, state.next_forced)
     forced = (at >= 0) & (at < rule.total)
-    tokens = jnp.where(forced, rule.forced[jnp.clip(at, 0, _FORCED - 1)], tokens)
+    tokens = jnp.where(forced, rule.forced[jnp.clip(at, 0, rule.forced.shape[0] - 1)], tokens)
     ended = (tokens == rule.end_id) | (forced & (at + 1 == rule.total))
     state = BudgetState(
         thinking=state.thinking & ~ended,

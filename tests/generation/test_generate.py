@@ -201,7 +201,7 @@ def test_a_cache_may_be_filled_to_its_last_slot_and_be_made_larger():
         (dict(samples=0), "samples is 0"),
         (dict(cache_len=10), "cache_len is 10 slots per row: 0 in use, 9 tokens and 4 new ones need 13"),
         (dict(thinking=ThinkingBudget(-1, 3, (3,))), "thinking: tokens is -1: accepted is an integer >= 0"),
-        (dict(thinking=ThinkingBudget(1, 3, ())), "thinking: 0 tokens would be forced"),
+        (dict(thinking=ThinkingBudget(1, 3, ())), "thinking: early_stop_ids is empty"),
         (dict(thinking=ThinkingBudget(np.zeros(3, int), 3, (3,))), r"thinking: tokens has shape \[3\]"),
         (dict(cache="another"), "cache has 1 rows, tokens 2"),
     ],

@@ -1,0 +1,201 @@
+"""`make demo`: train, export, read back, compare to the bit, write in three modes. About five minutes on two cores.
+
+    python -m tools.demo [--seconds 240] [--out demo_out]
+
+The exit code is 0 only if the loss fell, the logits came back the same to the bit, and each mode wrote as it should.
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+import qwen3_jax
+from qwen3_jax import Qwen3Config, Sampling
+from qwen3_jax.training.step import TrainState, trained_model
+from tools.demo.corpus import batches, conversations, train_tokenizer
+from tools.demo.report import load_table, save_picture, terminal_curve
+
+VOCABULARY = 4096
+PEAK_RATE = 2e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How long and how large the demo is."""
+
+    seconds: float = 240.0
+    """Training stops after this many seconds."""
+    steps: int = 400
+    """Training stops after this many steps."""
+    rows: int = 8
+    """Rows of a batch."""
+    length: int = 256
+    """Tokens of a row."""
+    out: Path = Path("demo_out")
+    """Folder of the checkpoint and the picture."""
+
+
+def demo_config(end_id: int, pad_id: int) -> Qwen3Config:
+    """Six layers, the first and fourth dense, eight experts elsewhere, two chosen per token."""
+    return Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=256,
+        norm_topk_prob=True,
+        mlp_only_layers=(0, 3),
+        router_aux_loss_coef=0.01,
+        eos_token_id=end_id,
+        pad_token_id=pad_id,
+    )
+
+
+def train(config: Qwen3Config, documents: list[list[int]], options: Options, console: Console):
+    """Train for the time given.
+
+    Returns:
+        The state, training losses, (step, held-out loss) pairs and the mean expert load of the last steps.
+    """
+    held, taught = documents[:64], documents[64:]
+    optimizer = qwen3_jax.adamw(optax.warmup_cosine_decay_schedule(0.0, PEAK_RATE, 20, options.steps, PEAK_RATE / 10))
+    model = jax.jit(lambda: qwen3_jax.Qwen3(config, rngs=nnx.Rngs(0), dtype=jnp.float32))()
+    state = qwen3_jax.init_train_state(model, optimizer)
+    step = qwen3_jax.make_train_step(config, optimizer, dtype=jnp.float32, remat="none")
+    test = next(batches(held, options.rows, options.length, seed=1))
+
+    @jax.jit
+    def held_out_loss(state: TrainState):
+        logits = trained_model(config, state, dtype=jnp.float32)(test.tokens, segment_ids=test.segment_ids).logits
+        return qwen3_jax.cross_entropy(logits, test.labels, test.mask)
+
+    losses, held_out, loads, start = [], [(0, float(held_out_loss(state)))], [], time.monotonic()
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("training", total=options.steps, told="compiling")
+        stream = batches(taught, options.rows, options.length, seed=0)
+        for number in range(1, options.steps + 1):
+            state, metrics = step(state, next(stream))
+            losses.append(float(metrics["loss"]))
+            loads.append(np.asarray(metrics["expert_load"]))
+            spent = time.monotonic() - start
+            rate = number * options.rows * options.length / spent
+            told = f"step {number}  loss {losses[-1]:.3f}  {rate:,.0f} tokens/s"
+            done = max(number, options.steps * spent / options.seconds)
+            progress.update(task, completed=min(done, options.steps), told=told)
+            last = spent > options.seconds or number == options.steps
+            if number % 50 == 0 or last:
+                held_out.append((number, float(held_out_loss(state))))
+            if last:
+                break
+    console.print(
+        f"{len(losses)} steps, {len(losses) * options.rows * options.length:,} tokens in {spent:.0f} s, {rate:,.0f} tokens/s"
+    )
+    return state, losses, held_out, np.mean(loads[-20:], axis=0)
+
+
+def write_three_ways(model, tok, prompt: str, console: Console) -> bool:
+    """Generate with thinking on, off, and cut at a budget.
+
+    Returns:
+        Whether each mode did what it should: thought, did not think, was cut exactly at its budget.
+    """
+    budget = 3
+    modes = {
+        "thinking": (True, None),
+        "not thinking": (False, None),
+        f"cut after {budget} tokens of thought": (True, budget),
+    }
+    good = True
+    for number, (name, (thinks, limit)) in enumerate(modes.items()):
+        ids = tok.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, enable_thinking=thinks)
+        out = qwen3_jax.generate(
+            model,
+            jnp.asarray([ids], jnp.int32),
+            max_new_tokens=128,
+            sampling=Sampling(temperature=0.7, top_p=0.9, top_k=20),
+            key=jax.random.key(number),
+            stop_tokens=tok.stop_token_ids,
+            thinking=None if limit is None else tok.thinking_budget(limit),
+        )
+        written = [int(token) for token in out.tokens[0, : int(out.lengths[0])]]
+        text = tok.decode(written)
+        end = tok.encode("</think>")[0]
+        if limit is not None:
+            forced = [int(token) for token in tok.thinking_budget(limit).early_stop_ids]
+            # Cut at the budget, unless the thought (or the turn) ended by itself before it.
+            early = end in written[:limit] or len(written) <= limit
+            good &= early or any(written[at : at + len(forced)] == forced for at in range(limit, limit + 4))
+        else:
+            good &= ("<think>" in text) == thinks
+        console.print(Panel(escape(text.strip()), title=name, title_align="left", border_style="green"))
+    return good
+
+
+def main(options: Options) -> int:
+    """Run the demo.
+
+    Returns:
+        0 if all of it held, else 1.
+    """
+    console, begin = Console(), time.monotonic()
+    samples = conversations()
+    train_tokenizer(samples, VOCABULARY, options.out / "tokenizer")
+    tok = qwen3_jax.load_tokenizer(options.out / "tokenizer")
+    documents = []
+    for number, sample in enumerate(samples):
+        if number % 3 == 0:
+            sample = [sample[0], {"role": "assistant", "content": sample[1]["content"]}]
+        documents.append(tok.apply_chat_template(sample))
+    config = demo_config(*tok.encode("<|im_end|><|endoftext|>"))
+    console.print(
+        f"[bold]Qwen3-MoE[/], {config.num_params() / 1e6:.1f} M parameters ({config.num_active_params() / 1e6:.1f} M active), "
+        f"on {len(documents):,} functions of the standard library, {sum(map(len, documents)):,} tokens; "
+        f"{jax.devices()[0].platform}"
+    )
+    state, losses, held_out, load = train(config, documents, options, console)
+    console.print(terminal_curve(losses))
+    console.print(f"held out: {held_out[0][1]:.3f} -> {held_out[-1][1]:.3f} nats per token")
+    moe_layers = [layer for layer in range(config.num_hidden_layers) if layer not in config.mlp_only_layers]
+    console.print(load_table(load, moe_layers))
+    picture = options.out / "demo.png"
+    save_picture(losses, held_out, load, picture)
+
+    model = trained_model(config, state, dtype=jnp.float32)
+    folder = options.out / "hf"
+    qwen3_jax.save_pretrained(model, folder, tokenizer=tok, overwrite=True)
+    again = qwen3_jax.from_pretrained(folder, dtype=jnp.float32)
+    logits = jax.jit(lambda model, tokens: model(tokens).logits)
+    tokens = jnp.asarray([documents[0][:64]], jnp.int32)
+    same = np.array_equal(logits(model, tokens), logits(again, tokens))
+    console.print(f"exported to {folder} and read back: logits {'the same to the bit' if same else '[red]DIFFER[/]'}")
+    wrote = write_three_ways(again, qwen3_jax.load_tokenizer(folder), "def read_file(path, encoding='utf-8'):", console)
+    fell = held_out[-1][1] < 0.75 * held_out[0][1]
+    verdicts = {"loss fell by a quarter": fell, "round trip to the bit": same, "three modes": wrote}
+    for name, held in verdicts.items():
+        console.print(f"{'[green]yes' if held else '[red]NO'}[/]  {name}")
+    console.print(f"picture: {picture}   all in {time.monotonic() - begin:.0f} s")
+    return 0 if all(verdicts.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options)))
