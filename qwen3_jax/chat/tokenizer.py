@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Core
 from qwen3_jax.chat.family import family_of, family_template
 from qwen3_jax.chat.files import TokenizerError, json_object, load_core
 from qwen3_jax.chat.template import normal_form, render
+from qwen3_jax.checkpoint.hub import local_folder
 
 __all__ = ["Tokenizer", "TokenizerError", "load_tokenizer"]
 
@@ -214,7 +215,7 @@ def load_tokenizer(folder: str | PathLike[str], family: str | None = None) -> To
     Raises:
         TokenizerError: a file that is missing or broken, by its path, or an unknown family.
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     given = None if family is None else family_template(family)  # an unknown one is refused whatever the folder holds
     config = json_object(folder / "tokenizer_config.json")
     core = load_core(folder, config)

@@ -18,7 +18,9 @@ from jax.typing import DTypeLike
 from rich.console import Console
 from rich.progress import Progress, track
 
+from qwen3_jax.checkpoint.card import generation_config, model_card
 from qwen3_jax.checkpoint.folder import check_destination, whole_folder
+from qwen3_jax.checkpoint.hub import local_folder
 from qwen3_jax.checkpoint.names import Slot, slots, stacked_shape
 from qwen3_jax.checkpoint.safetensors import CheckpointError, Plan, write_file
 from qwen3_jax.checkpoint.source import FLOATS, Source, find_sources, folder_tensors
@@ -41,7 +43,7 @@ def from_pretrained(folder: str | PathLike[str], dtype: DTypeLike | None = None,
     Each tensor is read, placed in its stacked parameter and dropped: the peak is the model and two tensors.
 
     Args:
-        folder: holds config.json and safetensors.
+        folder: holds config.json and safetensors; or a name on the hub, "Qwen/Qwen3-0.6B", with the `hub` extra.
         dtype: of computation; None is bfloat16, float32 on CPU.
         param_dtype: of storage; None is the file's own, bfloat16 for FP8.
 
@@ -52,7 +54,7 @@ def from_pretrained(folder: str | PathLike[str], dtype: DTypeLike | None = None,
         CheckpointError: names the file and tensor, what was found and what is accepted; also when memory does not suffice.
         ConfigError: a config.json that is refused.
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     config = Qwen3Config.from_hf(folder)
     sources = find_sources(config, folder_tensors(folder), folder)
     dtypes: dict[str, np.dtype] = {}
@@ -168,6 +170,9 @@ def save_pretrained(
         _write_json(part / "config.json", dataclasses.replace(config, dtype=stored).to_hf())
         if tokenizer is not None:
             tokenizer.save(part)
+        if not (part / "generation_config.json").exists():
+            _write_json(part / "generation_config.json", generation_config(config))
+        (part / "README.md").write_text(model_card(config, stored), "utf-8")
 
 
 def _progress() -> Progress:

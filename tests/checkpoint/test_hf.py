@@ -194,7 +194,7 @@ def test_a_full_destination_is_left_alone_and_overwriting_is_a_choice(tmp_path):
         save_pretrained(random_model("dense"), tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
     save_pretrained(random_model("dense"), tmp_path / "out", overwrite=True)
-    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["README.md", "config.json", "generation_config.json", "model.safetensors"]
     assert os.listdir(tmp_path) == ["out"]
     with pytest.raises(CheckpointError, match="written as int8"):
         save_pretrained(random_model("dense"), tmp_path / "other", dtype=jnp.int8)
