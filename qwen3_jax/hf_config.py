@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from os import PathLike
@@ -219,6 +220,9 @@ def _table(key: str, given: Any, kind: type) -> Any:
     return kind(**values)
 
 
+_ORIGINAL = "original_max_position_embeddings"
+
+
 def _rope(content: dict[str, Any]) -> dict[str, Any]:
     """rope_theta and rope_scaling out of 4.x's keys, 5.x's rope_parameters, or both where they agree."""
     found = {}
@@ -241,7 +245,19 @@ def _rope(content: dict[str, Any]) -> dict[str, Any]:
         if "rope_theta" in values and values["rope_theta"] != theta:
             raise ConfigError(f"rope_theta is {theta} but rope_parameters says {values['rope_theta']}")
         values["rope_theta"] = theta
+    original = content.pop("original_max_position_embeddings", None)
+    if original is not None:
+        values["rope_scaling"] = _with_original(values.get("rope_scaling"), _number(_ORIGINAL, original, "int"))
     return values
+
+
+def _with_original(scaling: RopeScaling | None, original: Any) -> RopeScaling:
+    """The scaling with the original length that stands beside it, where transformers 4 looks for longrope's."""
+    if scaling is None or scaling.kind != "longrope":
+        raise ConfigError(f"{_ORIGINAL} is {original}: accepted is it beside rope_scaling of type longrope")
+    if scaling.original_max_position_embeddings not in (None, original):
+        raise ConfigError(f"{_ORIGINAL} is {original} but longrope's own is {scaling.original_max_position_embeddings}")
+    return dataclasses.replace(scaling, original_max_position_embeddings=original)
 
 
 def _rope_table(key: str, table: Any) -> tuple[RopeScaling | None, float | None]:
@@ -328,6 +344,10 @@ def config_dict(config: Qwen3Config) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         **(content["rope_scaling"] or {"rope_type": "default"}),
     }
+    if config.rope_scaling is not None and config.rope_scaling.kind == "longrope":
+        # transformers 4 reads longrope's original length here alone, 5 in rope_parameters.
+        if config.rope_scaling.original_max_position_embeddings is not None:
+            content[_ORIGINAL] = config.rope_scaling.original_max_position_embeddings
     return content
 
 
@@ -336,6 +356,11 @@ def _rope_written(config: Qwen3Config) -> dict[str, Any] | None:
     if scaling is None:
         return None
     values = {name: value for name, value in dataclasses.asdict(scaling).items() if value is not None and name != "kind"}
+    original, factor = scaling.original_max_position_embeddings, scaling.factor
+    if scaling.kind == "longrope" and original and factor and scaling.attention_factor is None:
+        if factor != config.max_position_embeddings / original:
+            # transformers 4 would take the ratio in spite of the factor that stands there: this is what the factor means.
+            values["attention_factor"] = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return {
         "rope_type": scaling.kind,
         **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},

@@ -2,13 +2,17 @@
 
 import copy
 import json
+import math
 import random
 import warnings
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from qwen3_jax import Qwen3Config
 from qwen3_jax.config import BlockKind, ConfigError, RopeScaling, Segment
+from qwen3_jax.model.rope import rope_tables
 
 DENSE = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -271,3 +275,34 @@ def test_a_thousand_mutations_are_read_rightly_or_refused_by_name():
             with pytest.raises(ConfigError, match=fault.replace("[", r"\[")):
                 Qwen3Config.from_hf(content, strict=True)
     assert valid > 500
+
+
+def test_longropes_original_length_stands_where_either_transformers_looks():
+    """4.x reads it beside rope_scaling (and falls back to max_position_embeddings), 5.x inside."""
+    factors = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+    inside = {"rope_type": "longrope", "original_max_position_embeddings": 256, **factors}
+    config = Qwen3Config.from_hf({"model_type": "qwen3", "max_position_embeddings": 1024, "rope_scaling": inside})
+    written = config.to_hf()
+    assert written["original_max_position_embeddings"] == 256
+    assert written["rope_parameters"]["original_max_position_embeddings"] == 256
+    assert Qwen3Config.from_hf(written) == config
+    beside = {"model_type": "qwen3", "max_position_embeddings": 1024, "rope_scaling": {"rope_type": "longrope", **factors}}
+    assert Qwen3Config.from_hf(beside | {"original_max_position_embeddings": 256}) == config
+    with pytest.raises(ConfigError, match="original_max_position_embeddings is 512 but longrope's own is 256"):
+        Qwen3Config.from_hf(written | {"original_max_position_embeddings": 512})
+    with pytest.raises(ConfigError, match="original_max_position_embeddings is 512: accepted is it beside rope_scaling"):
+        Qwen3Config.from_hf({"model_type": "qwen3", "original_max_position_embeddings": 512})
+
+
+def test_a_longrope_factor_unlike_the_ratio_is_written_as_what_it_means():
+    """transformers 4 takes max_position_embeddings / original in spite of the factor, unless attention_factor is given."""
+    scaling = RopeScaling(
+        "longrope", factor=4.0, original_max_position_embeddings=600, short_factor=(1.0,) * 64, long_factor=(2.0,) * 64
+    )
+    config = Qwen3Config(max_position_embeddings=1024, rope_scaling=scaling)
+    wanted = math.sqrt(1 + math.log(4.0) / math.log(600))
+    for key in ("rope_scaling", "rope_parameters"):
+        assert config.to_hf()[key]["attention_factor"] == pytest.approx(wanted)
+    positions = jnp.asarray([[0, 3, 700]])
+    plain, again = (rope_tables(each, positions, positions + 1) for each in (config, Qwen3Config.from_hf(config.to_hf())))
+    np.testing.assert_allclose(plain, again, rtol=1e-6)
