@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,8 @@ def test_nothing_there_is_one_line_that_says_how(machine):
     done = machine.setup()
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
-    assert "no Python >= 3.12 and no uv found" in done.stderr and "https://docs.astral.sh/uv" in done.stderr
+    assert "needs uv, or Python 3.12 to 3.14 with pip, and found neither" in done.stderr
+    assert "https://docs.astral.sh/uv" in done.stderr and "https://www.python.org/downloads" in done.stderr
     assert not (machine.project / ".venv").exists()
 
 
@@ -74,6 +76,32 @@ def test_an_old_default_and_a_newer_one_somewhere(machine, where):
     done = machine.setup()
     assert done.returncode == 0, done.stderr
     assert machine.told_uv().strip() == f"sync --quiet --frozen --extra dev --python {file}"
+
+
+def test_pythons_that_the_lock_has_no_wheels_for_are_passed_over(machine):
+    """The question itself, asked of a stub that answers as Python 3.15 and as a free-threaded 3.13 would."""
+    file = machine.path / "python3"
+    answers = [
+        ("(3, 15)", "''", 1),
+        ("(3, 13)", "'t'", 1),
+        ("(3, 11)", "''", 1),
+        ("(3, 14)", "''", 0),
+    ]
+    for version, flags, code in answers:
+        machine.write(
+            file,
+            f"""#!/bin/sh
+case "$1" in -c) ;; *) exit 0 ;; esac
+shift; question=$1; shift
+exec {sys.executable} -c "import sys; sys.version_info = {version}; sys.abiflags = {flags}
+$question" "$@"
+""",
+        )
+        shutil.copy(machine.uv, machine.path / "uv")
+        machine.log.unlink(missing_ok=True)
+        shutil.rmtree(machine.project / ".venv", ignore_errors=True)
+        assert machine.setup().returncode == 0
+        assert machine.told_uv().strip().endswith("--python 3.12" if code else f"--python {file}"), version
 
 
 def test_only_pip(machine):
@@ -96,6 +124,19 @@ def test_done_once_until_the_lock_changes(machine):
     (machine.project / "uv.lock").write_text("another")
     machine.setup()
     assert machine.told_uv().count("sync") == 2
+
+
+def test_a_moved_folder_is_set_up_anew(machine):
+    """Its commands would start the Python of the folder that it was copied from."""
+    shutil.copy(machine.uv, machine.path / "uv")
+    assert machine.setup().returncode == 0
+    (machine.project / ".venv" / "of the old folder").touch()
+    moved = machine.project.with_name("moved")
+    machine.project.rename(moved)
+    machine.project = moved
+    assert machine.setup().returncode == 0
+    assert machine.told_uv().count("sync") == 2
+    assert not (moved / ".venv" / "of the old folder").exists()
 
 
 def test_an_interrupted_set_up_is_begun_again(machine):
