@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qwen3_jax.chat.session import Chat as Chat
     from qwen3_jax.chat.tokenizer import load_tokenizer as load_tokenizer
-    from qwen3_jax.checkpoint.hf import from_pretrained as from_pretrained
-    from qwen3_jax.checkpoint.hf import save_pretrained as save_pretrained
+    from qwen3_jax.checkpoint.pretrained import from_pretrained as from_pretrained
+    from qwen3_jax.checkpoint.pretrained import save_pretrained as save_pretrained
     from qwen3_jax.config import Qwen3Config as Qwen3Config
     from qwen3_jax.generation.budget import ThinkingBudget as ThinkingBudget
     from qwen3_jax.generation.cache import init_cache as init_cache
@@ -41,14 +41,14 @@ _HOMES = {
     "abstract_model": "parallel.abstract",
     "adamw": "training.optimizer",
     "cross_entropy": "training.losses",
-    "from_pretrained": "checkpoint.hf",
+    "from_pretrained": "checkpoint.pretrained",
     "generate": "generation.loop",
     "init_cache": "generation.cache",
     "init_train_state": "training.step",
     "load_balancing_loss": "training.losses",
     "load_tokenizer": "chat.tokenizer",
     "make_train_step": "training.step",
-    "save_pretrained": "checkpoint.hf",
+    "save_pretrained": "checkpoint.pretrained",
     "score": "generation.score",
 }
 

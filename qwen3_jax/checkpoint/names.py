@@ -38,6 +38,8 @@ LAYER = (
     ("mlp.experts.{expert}.down_proj.weight", "moe.down"),
 )
 
+BLOCK = 2**25  # elements of an embedding that are held at a time: 64 MB in bfloat16
+
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
@@ -61,6 +63,17 @@ class Slot:
     def size(self) -> int:
         """Elements."""
         return math.prod(self.shape)
+
+    @property
+    def block_rows(self) -> int:
+        """Leading rows of `shape` that are read, written and chunked together: all, but for an embedding and a head.
+
+        Those are the largest tensors by far (1.2 GB of 235B-A22B's in bfloat16); 151,936 rows can be halved seven times.
+        """
+        rows = self.shape[0]
+        while not self.index and rows % 2 == 0 and rows * self.size // self.shape[0] > BLOCK:
+            rows //= 2
+        return rows
 
 
 def part_shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:

@@ -44,16 +44,16 @@ class Source:
         """What the values are in; bfloat16 for FP8."""
         return np.dtype(ml_dtypes.bfloat16) if self.scale is not None else self.tensor.dtype
 
-    def read(self) -> np.ndarray:
-        """The values in the hub's shape; FP8 is multiplied by its scales in float32 and rounded to bfloat16."""
-        values = self.tensor.read()
+    def read(self, first: int, last: int) -> np.ndarray:
+        """Rows first..last in the hub's shape; FP8 is multiplied by its scales in float32 and rounded to bfloat16."""
+        values = self.tensor.part(first, last).read()
         if self.scale is None:
             return values
         scale = self.scale.read().astype(np.float32)
         wide = values.astype(np.float32)
         rows, columns = self.block
-        for i in range(scale.shape[0]):
-            band = wide[i * rows : (i + 1) * rows]
+        for i in range(first // rows, -(-last // rows)):
+            band = wide[max(i * rows - first, 0) : (i + 1) * rows - first]
             band *= np.repeat(scale[i], columns)[: band.shape[1]]
         return wide.astype(ml_dtypes.bfloat16)
 
@@ -83,11 +83,15 @@ def folder_tensors(folder: Path) -> dict[str, Tensor]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map must be an object of tensor name -> file, found {weight_map!r:.100}")
     found: dict[str, Tensor] = {}
-    for file in sorted({str(value) for value in weight_map.values()}):
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise CheckpointError(f"{index}: {name} is said to be in {file!r:.100}: accepted is a file name")
+    for file in sorted(set(weight_map.values())):
         if Path(file).name != file or file in ("", ".", ".."):
             raise CheckpointError(f"{index}: {file!r} points outside the folder: accepted is a plain file name")
         if not (folder / file).is_file():
             raise CheckpointError(f"{index}: {file!r} is not there")
+    for file in sorted(set(weight_map.values())):
         here = read_header(folder / file)
         told = {name for name, value in weight_map.items() if value == file}
         if told != set(here):

@@ -9,6 +9,8 @@ from qwen3_jax import __version__
 COMMANDS = {
     "generate": "complete prompts",
     "chat": "talk to a model, thinking or not",
+    "convert": "a model from Hugging Face's form to the native one, back, or to another dtype",
+    "inspect": "a model's shape, tensors and bytes, without reading its weights",
 }
 
 

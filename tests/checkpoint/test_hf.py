@@ -3,12 +3,12 @@
 import json
 import os
 import random
+import re
 import signal
 import struct
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,37 +17,12 @@ import numpy as np
 import pytest
 
 from qwen3_jax import Qwen3Config, from_pretrained, save_pretrained
-from qwen3_jax.checkpoint.names import slots
 from qwen3_jax.checkpoint.safetensors import CheckpointError, Plan, read_header, write_file
 from qwen3_jax.checkpoint.source import folder_tensors
+from tests.checkpoint.folders import contents, hub_tensors, write
 from tests.model.models import CONFIGS, random_model, random_tokens
 
 BF16, FP8, F32 = (np.dtype(kind) for kind in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.float32))
-
-
-def write(folder: Path, config: Qwen3Config, tensors: dict[str, np.ndarray], files: int = 1) -> None:
-    """A folder as somebody else would write it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config.to_hf()))
-    names = sorted(tensors)
-    weight_map = {}
-    for i in range(files):
-        mine = names[i::files]
-        file = "model.safetensors" if files == 1 else f"model-{i + 1:05}-of-{files:05}.safetensors"
-        weight_map |= dict.fromkeys(mine, file)
-        plan = Plan(folder / file, {name: (tensors[name].dtype, tensors[name].shape) for name in mine})
-        write_file(plan, iter([tensors[name] for name in mine]))
-    if files > 1:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def hub_tensors(config: Qwen3Config, dtype=F32) -> dict[str, np.ndarray]:
-    draw = np.random.default_rng(0)
-    return {slot.name: (0.2 * draw.standard_normal(slot.shape)).astype(dtype) for slot in slots(config)}
-
-
-def contents(folder: Path) -> dict[str, tuple[np.dtype, tuple[int, ...], bytes]]:
-    return {name: (t.dtype, t.shape, t.read().tobytes()) for name, t in folder_tensors(folder).items()}
 
 
 @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float16), np.dtype(np.float32)], ids=str)
@@ -185,6 +160,74 @@ def test_an_index_that_points_nowhere_or_outside_is_refused(tmp_path):
     index.write_text(json.dumps({"weight_map": moved}))
     with pytest.raises(CheckpointError, match="disagree about model.norm.weight"):
         from_pretrained(tmp_path)
+
+
+def mutated_index(draw: random.Random, good: dict):
+    """A changed index, and a pattern for what is said of it; None where it is still valid."""
+    names, files = sorted(good["weight_map"]), sorted(set(good["weight_map"].values()))
+    name = draw.choice(names)
+    changed = json.loads(json.dumps(good))
+    where = changed["weight_map"]
+    kind = draw.choice(
+        ["order", "metadata", "more keys", "other file", "gone", "outside", "no string", "drop", "add", "no map"]
+    )
+    if kind == "order":
+        draw.shuffle(names)
+        changed["weight_map"] = {key: where[key] for key in names}
+        return changed, None
+    if kind == "metadata":
+        changed["metadata"] = draw.choice([{"total_size": 7}, {"total_parameters": 1, "x": []}])
+        return changed, None
+    if kind == "more keys":
+        changed["comment"] = draw.choice(["hello", 1, None])
+        return changed, None
+    if kind == "other file":
+        where[name] = draw.choice([file for file in files if file != where[name]])
+        return changed, f"disagree about {re.escape(name)}"
+    if kind == "gone":
+        where[name] = f"model-{draw.randrange(100, 1000)}.safetensors"
+        return changed, "is not there"
+    if kind == "outside":
+        where[name] = draw.choice(["../", "/tmp/", "sub/", "./"]) + where[name]
+        return changed, "outside the folder"
+    if kind == "no string":
+        where[name] = draw.choice([3, None, [], {}])
+        return changed, "index.json: "
+    if kind == "drop":
+        del where[name]
+        return changed, f"disagree about {re.escape(name)}"
+    if kind == "add":
+        where[f"{name}.more"] = where[name]
+        return changed, f"disagree about {re.escape(name)}.more"
+    return draw.choice([{}, {"weight_map": {}}, {"weight_map": []}, [], 7, None]), "weight_map|JSON object"
+
+
+def test_a_thousand_changed_indexes_are_read_rightly_or_refused(tmp_path):
+    config, draw, valid = CONFIGS["dense"], random.Random(6), 0
+    tensors = hub_tensors(config)
+    write(tmp_path, config, tensors, files=3)
+    expected = contents(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    good, text = json.loads(index.read_text()), index.read_text()
+    for _ in range(1000):
+        changed, says = mutated_index(draw, good)
+        index.write_text(json.dumps(changed, indent=draw.choice([None, 1])))
+        if says is None:
+            valid += 1
+            assert {name: (t.dtype, t.shape) for name, t in folder_tensors(tmp_path).items()} == {
+                name: value[:2] for name, value in expected.items()
+            }
+            if valid % 50 == 0:
+                assert contents(tmp_path) == expected
+        else:
+            with pytest.raises(CheckpointError, match=says):
+                folder_tensors(tmp_path)
+    assert valid > 250
+    for _ in range(100):  # not JSON at all
+        cut = text[: draw.randrange(len(text) - 1)]
+        index.write_text(cut)
+        with pytest.raises(CheckpointError, match="index.json"):
+            folder_tensors(tmp_path)
 
 
 def test_a_full_destination_is_left_alone_and_overwriting_is_a_choice(tmp_path):
