@@ -128,9 +128,11 @@ def expert_load(router: jax.Array, top_k: int, mask: jax.Array | None = None) ->
         mask: [B, T], 0 is padding; all tokens count when None.
 
     Returns:
-        [L_moe, E] float32, each row summing to 1.
+        [L_moe, E] float32, each row summing to 1; no rows for a dense model.
     """
     layers, _, _, experts = router.shape
+    if layers == 0:  # a dense model
+        return jnp.zeros((0, experts), jnp.float32)
     _, chosen = jax.lax.top_k(router, top_k)
     weights = jnp.ones(router.shape[1:3], jnp.float32) if mask is None else mask
     weights = jnp.broadcast_to(weights[None, :, :, None], chosen.shape)

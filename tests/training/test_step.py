@@ -17,8 +17,9 @@ def batch_of(tokens, segment_ids=None):
     return Batch(tokens=tokens, labels=jnp.roll(tokens, -1, 1), mask=jnp.ones(tokens.shape), segment_ids=segment_ids)
 
 
-def test_one_step_of_sgd_moves_along_the_gradient_of_both_losses():
-    config, model, tokens = CONFIGS["mixed"], random_model("mixed"), random_tokens(2, 9)
+@pytest.mark.parametrize("name, sparse", [("mixed", 3), ("dense", 0)])
+def test_one_step_of_sgd_moves_along_the_gradient_of_both_losses(name, sparse):
+    config, model, tokens = CONFIGS[name], random_model(name), random_tokens(2, 9)
     optimizer = optax.sgd(0.1)
     batch = batch_of(tokens)
 
@@ -37,7 +38,7 @@ def test_one_step_of_sgd_moves_along_the_gradient_of_both_losses():
     assert int(state.step) == 1
     out = jax.jit(type(model).__call__)(model, tokens)
     assert float(metrics["loss"]) == pytest.approx(float(cross_entropy(out.logits, batch.labels)), rel=1e-5)
-    np.testing.assert_allclose(metrics["expert_load"].sum(-1), np.ones(3), rtol=1e-6)
+    np.testing.assert_allclose(metrics["expert_load"].sum(-1), np.ones(sparse), rtol=1e-6)
 
 
 def test_a_small_model_learns_a_text_by_heart():
