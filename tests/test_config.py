@@ -1,6 +1,7 @@
 """config.json of both transformers generations in and out, segments, and bad files refused by name."""
 
 import copy
+import dataclasses
 import json
 import math
 import random
@@ -236,41 +237,52 @@ def test_a_broken_file_is_refused_by_its_path(tmp_path, text, says):
 
 
 def mutated(draw):
-    """A changed file and what becomes of it: None where it must still read to the same config, else the key at fault."""
+    """A changed file, and what becomes of it: the file and the fields that it must read as, or the key at fault."""
     content = copy.deepcopy(draw.choice([DENSE, MOE]))
     content["rope_scaling"] = draw.choice([None, dict(YARN)])
-    kind = draw.choice(["order", "spelling", "inert", "drop unread", "type", "sign", "table", "unknown in table"])
+    kind = draw.choice(["order", "spelling", "inert", "value", "value", "type", "sign", "table", "unknown in table"])
     if kind == "order":
         items = list(content.items())
         draw.shuffle(items)
-        return dict(items), content, None
+        return dict(items), (content, {}), None
     if kind == "spelling":
-        return newer(content), content, None
+        return newer(content), (content, {}), None
     if kind == "inert":
-        return {**content, "id2label": {"0": "a"}, "use_cache": False, "qkv_bias": False}, content, None
-    if kind == "drop unread":
-        return {k: v for k, v in content.items() if k not in ("use_cache", "architectures")}, content, None
+        return {**content, "id2label": {"0": "a"}, "use_cache": False, "qkv_bias": False}, (content, {}), None
+    if kind == "value":
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+        values = {name: draw.randrange(1, 2**18) for name in sizes}
+        values |= {
+            "head_dim": 2 * draw.randrange(1, 200),
+            "rms_norm_eps": draw.random() + 1e-9,
+            "rope_theta": draw.uniform(1, 1e8),
+        }
+        values |= {"tie_word_embeddings": draw.random() < 0.5, "attention_bias": draw.random() < 0.5}
+        changes = {name: values[name] for name in draw.sample(sorted(values), draw.randrange(1, 4))}
+        return {**content, **changes}, (content, changes), None
     numbers = [k for k, v in content.items() if isinstance(v, int) and not isinstance(v, bool) and "token" not in k]
     key = draw.choice([k for k in numbers if k != "max_window_layers"])
     if kind == "type":
-        return {**content, key: draw.choice(["7", [7], {"x": 1}, True])}, content, key
+        return {**content, key: draw.choice(["7", [7], {"x": 1}, True])}, None, key
     if kind == "sign":
-        return {**content, key: -content[key] - 1}, content, key
+        return {**content, key: -content[key] - 1}, None, key
     if kind == "table":
         table = draw.choice(["rope_scaling", "quantization_config", "dual_chunk_attention_config"])
-        return {**content, table: draw.choice([7, "x", [1], True])}, content, table
+        return {**content, table: draw.choice([7, "x", [1], True])}, None, table
     table, given = draw.choice([("rope_scaling", YARN), ("quantization_config", FP8), ("dual_chunk_attention_config", CHUNKED)])
     name = "".join(draw.choices("abcdefgh_", k=6))
-    return {**content, table: {**given, name: 1}}, content, name
+    return {**content, table: {**given, name: 1}}, None, name
 
 
 def test_a_thousand_mutations_are_read_rightly_or_refused_by_name():
     draw, valid = random.Random(20), 0
     for _ in range(1500):
-        content, original, fault = mutated(draw)
-        if fault is None:
+        content, expected, fault = mutated(draw)
+        if expected is not None:
             valid += 1
-            assert Qwen3Config.from_hf(content, strict=True) == Qwen3Config.from_hf(original, strict=True)
+            original, changes = expected
+            wanted = dataclasses.replace(Qwen3Config.from_hf(original, strict=True), **changes)
+            assert Qwen3Config.from_hf(content, strict=True) == wanted
         else:
             with pytest.raises(ConfigError, match=fault.replace("[", r"\[")):
                 Qwen3Config.from_hf(content, strict=True)
