@@ -60,6 +60,7 @@ def save_picture(losses: list[float], held_out: list[tuple[int, float]], load: n
     left.set(xlabel="step", ylabel="loss, nats per token", title="A 10 M parameter Qwen3-MoE learns Python")
     left.legend()
     image = right.imshow(load * load.shape[1], cmap="viridis", vmin=0, vmax=2, aspect="auto")
+    right.set(xticks=range(0, load.shape[1], 2), yticks=range(load.shape[0]))
     right.set(xlabel="expert", ylabel="MoE layer", title="expert load over its mean")
     figure.colorbar(image)
     figure.savefig(path, dpi=110)
