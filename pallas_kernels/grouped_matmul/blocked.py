@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.rows import rows_matmul
+
 MAX_BLOCK = 256
 # A slice of a matrix is copied before a product reads it; a copy of this many bytes is still in a core's cache then.
 PIECE_BYTES = 2**20
@@ -67,22 +69,6 @@ def _each_block(start: Array, end: Array, rows: int, block: int, step: Callable,
     return jax.lax.fori_loop(0, (end - start + block - 1) // block, body, carry)
 
 
-def _product(left: Array, right: Array, contract: tuple[int, int], wide: jnp.dtype) -> Array:
-    """Contracts one axis of each, accumulated in `wide`; on CPU narrow operands are widened first."""
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-
-    def narrow(left: Array, right: Array) -> Array:
-        return jax.lax.dot_general(left, right, dims, preferred_element_type=wide)
-
-    def widened(left: Array, right: Array) -> Array:
-        # XLA:CPU multiplies bfloat16 matrices far slower than it widens and multiplies them; the products are the same.
-        return jax.lax.dot_general(left.astype(wide), right.astype(wide), dims)
-
-    if left.dtype == wide:
-        return narrow(left, right)
-    return jax.lax.platform_dependent(left, right, cpu=widened, default=narrow)
-
-
 def grouped_matmul(
     lhs: Float[Array, "M inner"],
     rhs: Float[Array, "*L G _ _"],
@@ -126,7 +112,7 @@ def grouped_matmul(
 
         def step(first: Array, mask: Array, out: Array) -> Array:
             rows_in = jax.lax.dynamic_slice_in_dim(lhs, first, block)
-            product = _product(rows_in, matrix, (1, 1 if transpose_rhs else 0), wide).astype(lhs.dtype)
+            product = rows_matmul(rows_in, matrix, transpose=transpose_rhs, dtype=wide).astype(lhs.dtype)
             before = jax.lax.dynamic_slice(out, (first, column), product.shape)
             return jax.lax.dynamic_update_slice(out, jnp.where(mask, product, before), (first, column))
 
@@ -170,7 +156,7 @@ def grouped_outer(
             # Both are masked: a row of no group may hold infinities, and 0 * inf is not 0.
             left_rows = jnp.where(mask, jax.lax.dynamic_slice_in_dim(left, first, block), 0)
             right_rows = jnp.where(mask, jax.lax.dynamic_slice_in_dim(right, first, block), 0)
-            return total + _product(left_rows, right_rows, (0, 0), wide)
+            return total + jnp.einsum("mp,mq->pq", left_rows, right_rows, preferred_element_type=wide)
 
         total = _each_block(starts[group], ends[group], rows, block, step, jnp.zeros(shape, wide))
         return jax.lax.dynamic_update_index_in_dim(out, total.astype(dtype), group, 0)

@@ -16,7 +16,7 @@ from qwen3_jax.chat.tokenizer import Tokenizer
 from qwen3_jax.generation.cache import init_cache
 from qwen3_jax.generation.loop import Running, Settings, advance, bucket, make_settings, on_cpu, start
 from qwen3_jax.generation.sample import Sampling
-from qwen3_jax.generation.unstack import unstack
+from qwen3_jax.generation.unstack import unstack, views
 from qwen3_jax.model.transformer import Layer, Qwen3
 
 CHUNK = 8  # tokens between two looks at what was written
@@ -35,14 +35,14 @@ class Chat:
     """Answers conversations with a model. Keeps no history: every call is given all messages."""
 
     def __init__(self, model: Qwen3, tok: Tokenizer):
-        """Make the session; on CPU this copies the weights that are not experts' once.
+        """Make the session; on CPU this copies the weights that are not experts', if they are stored in another dtype.
 
         Args:
             model: any Qwen3.
             tok: of the same checkpoint.
         """
         self.model, self.tok = model, tok
-        self._layers = jax.jit(unstack)(model) if on_cpu(model) else None
+        self._layers = (views(model) or jax.jit(unstack)(model)) if on_cpu(model) else None
 
     def stream(
         self,

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 from qwen3_jax.generation.budget import BudgetState, ThinkingBudget, begin, budget_rule, enforce
 from qwen3_jax.generation.cache import init_cache
 from qwen3_jax.generation.sample import Sampling, broadcast, penalised, sample
-from qwen3_jax.generation.unstack import unstack
+from qwen3_jax.generation.unstack import unstack, views
 from qwen3_jax.model.cache import Cache
 from qwen3_jax.model.transformer import Layer, Qwen3
 
@@ -152,7 +152,9 @@ def generate(
     tokens, capacity, cache = _fitted(model, tokens, max_new_tokens, cache, cache_len)
     settings = make_settings(model, rows, sampling, key, stop_tokens, thinking, logits_hook, max_new_tokens)
     slots = bucket(max_new_tokens)
-    out = _generate(model, tokens, lengths, cache, settings, slots, capacity, logprobs, samples, on_cpu(model))
+    layers = views(model) if on_cpu(model) else None
+    unstacked = layers is None and on_cpu(model)
+    out = _generate(model, layers, tokens, lengths, cache, settings, slots, capacity, logprobs, samples, unstacked)
     if slots == max_new_tokens:
         return out
     cut = {name: getattr(out, name)[:, :max_new_tokens] for name in ("tokens", "logprobs", "top_tokens", "top_logprobs")}
@@ -379,9 +381,10 @@ def _partial(hook: LogitsHook) -> jax.tree_util.Partial:
     return jax.tree_util.Partial(hook)
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8, 9))
+@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
 def _generate(
     model: Qwen3,
+    layers: Sequence[Layer] | None,
     tokens: jax.Array,
     lengths: jax.Array,
     cache: Cache | None,
@@ -392,7 +395,8 @@ def _generate(
     samples: int,
     unstacked: bool,
 ) -> Generated:
-    layers = unstack(model) if unstacked else None
+    if unstacked:
+        layers = unstack(model)
     cache = init_cache(model, tokens.shape[0], capacity) if cache is None else grown(cache, capacity)
     running = start(model, layers, tokens, lengths, cache, settings, slots, top, samples)
     return advance(model, layers, running, settings, settings.limit).out

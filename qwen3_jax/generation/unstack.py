@@ -1,6 +1,9 @@
 """The layers one by one: on a CPU a scan over stacked weights copies each layer's slice at every token."""
 
+from collections.abc import Callable
+
 import jax
+import numpy as np
 from flax import nnx
 
 from qwen3_jax.model.param import ExpertParam
@@ -8,10 +11,10 @@ from qwen3_jax.model.transformer import Layer, Qwen3
 
 
 def unstack(model: Qwen3) -> list[Layer]:
-    """Each layer's own arrays, in the model's compute dtype, for the `layers` argument of a call.
+    """Each layer's own arrays, in the model's compute dtype, for the `layers` argument of a call; for use under jit.
 
     The one Python loop over layers. Weights of experts stay in their stacks, which the grouped matmul reads in place; all
-    others are copied once, so the memory for them doubles.
+    others are copied once, so the memory for them doubles: `views` does without.
 
     Args:
         model: any Qwen3.
@@ -19,12 +22,40 @@ def unstack(model: Qwen3) -> list[Layer]:
     Returns:
         A Layer for each layer of the network, in order.
     """
+    # Without the barrier the compiler moves the slices back into the token loop.
+    return _layers(model, lambda leaf, repeat: jax.lax.optimization_barrier(leaf[repeat].astype(model.dtype)))
+
+
+def views(model: Qwen3) -> list[Layer] | None:
+    """As `unstack`, outside of jit and without a copy: each layer's arrays lie within the model's own, which they keep alive.
+
+    While they live, a donation of the model's arrays copies them.
+
+    Args:
+        model: any Qwen3.
+
+    Returns:
+        A Layer for each layer of the network; None where this can't be done: under jit, where weights are stored in another
+        dtype than is computed in, or on several devices.
+    """
+    stacked = [leaf for unit in model.segments for leaf in jax.tree.leaves(nnx.split(unit, ExpertParam, ...)[2])]
+    for leaf in stacked:
+        if isinstance(leaf, jax.core.Tracer) or leaf.dtype != model.dtype or len(leaf.devices()) > 1:
+            return None
+
+    def view(leaf: jax.Array, repeat: int) -> jax.Array:
+        # Through dlpack it would be a view too, but a process that ends right after a call then aborts: XLA's threads free
+        # such an array, and want the interpreter for it.
+        return jax.device_put(np.asarray(leaf)[repeat], next(iter(leaf.devices())), may_alias=True)
+
+    return _layers(model, view)
+
+
+def _layers(model: Qwen3, slice_of: Callable[[jax.Array, int], jax.Array]) -> list[Layer]:
     layers = []
     for unit, segment in zip(model.segments, model.config.segments(), strict=True):
         graph, experts, rest = nnx.split(unit, ExpertParam, ...)
         for repeat in range(segment.repeats):
-            sliced = jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat].astype(model.dtype), rest)
-            # Without the barrier the compiler moves the slices back into the token loop.
-            sliced = jax.lax.optimization_barrier(sliced)
+            sliced = jax.tree.map(lambda leaf, repeat=repeat: slice_of(leaf, repeat), rest)
             layers += [Layer(block, repeat) for block in nnx.merge(graph, experts, sliced).blocks]
     return layers

@@ -6,6 +6,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+import pallas_kernels
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.param import normal_param
 
@@ -29,4 +30,4 @@ class Embed(nnx.Module):
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 product of every hidden state with every word's row, computed in hidden's dtype."""
         weight = self.weight[...].astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+        return pallas_kernels.rows_matmul(hidden, weight, dtype=jnp.float32)

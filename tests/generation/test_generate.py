@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qwen3_jax import Sampling, ThinkingBudget, generate
+from qwen3_jax import Qwen3, Sampling, ThinkingBudget, generate
 from qwen3_jax.generation import loop
+from qwen3_jax.generation.unstack import views
 from tests.model.models import CONFIGS, random_model, random_tokens
 
 LENGTHS = [13, 5, 9]
@@ -240,3 +241,29 @@ def test_padding_is_the_configs_pad_token():
     first = int(generate(model, tokens, max_new_tokens=1).tokens[0, 0])
     out = generate(named, tokens, max_new_tokens=4, stop_tokens=[first])
     assert list(out.tokens[0]) == [first, 77, 77, 77]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_on_a_cpu_layers_are_views_of_the_stacks_that_a_later_donation_does_not_disturb(dtype):
+    model = Qwen3(CONFIGS["moe"], rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+    stack = model.segments[0].blocks[0].attention.q.weight[...]
+    layers = views(model)
+    assert layers is not None
+    for repeat, layer in enumerate(layers):
+        found = layer.block.attention.q.weight[...]
+        assert found.unsafe_buffer_pointer() == stack.unsafe_buffer_pointer() + repeat * found.nbytes
+        np.testing.assert_array_equal(found, stack[repeat])
+    kept = np.array(stack)
+    doubled = jax.jit(lambda x: 2 * x, donate_argnums=0)(stack)
+    for repeat, layer in enumerate(layers):
+        np.testing.assert_array_equal(layer.block.attention.q.weight[...], kept[repeat])
+    np.testing.assert_array_equal(doubled, 2 * kept)
+
+
+def test_layers_that_are_stored_in_another_dtype_are_copied_and_write_the_same():
+    model = Qwen3(CONFIGS["dense"], rngs=nnx.Rngs(0), dtype=jnp.float32, param_dtype=jnp.bfloat16)
+    assert views(model) is None
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model)
+    tokens = random_tokens(2, 5)
+    first, second = (generate(each, tokens, max_new_tokens=12) for each in (model, wide))
+    np.testing.assert_array_equal(first.tokens, second.tokens)
