@@ -1,5 +1,7 @@
 """Making the cache that a call of the model continues from."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -34,3 +36,18 @@ def init_cache(model: Qwen3, batch: int, length: int, dtype: DTypeLike | None = 
         lengths=jnp.zeros((batch,), jnp.int32),
         positions=jnp.zeros((batch,), jnp.int32),
     )
+
+
+def grown(cache: Cache, capacity: int) -> Cache:
+    """The cache with more slots per row, or as it is.
+
+    Args:
+        cache: any.
+        capacity: slots per row, at least as many as it has.
+    """
+    more = capacity - cache.capacity
+    if not more:
+        return cache
+    large = ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))
+    segments = jnp.pad(cache.segments, ((0, 0), (0, more)))
+    return dataclasses.replace(cache, k=jnp.pad(cache.k, large), v=jnp.pad(cache.v, large), segments=segments)

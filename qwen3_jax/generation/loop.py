@@ -10,25 +10,23 @@ bucket, the number of rows, `logprobs` or the hook changes.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Int, Key
 
-from qwen3_jax.generation.budget import BudgetState, ThinkingBudget, begin, budget_rule, enforce
-from qwen3_jax.generation.cache import init_cache
-from qwen3_jax.generation.sample import Sampling, broadcast, penalised, sample
-from qwen3_jax.generation.unstack import unstack, views
+from qwen3_jax.generation.budget import BudgetState, ThinkingBudget, begin, enforce
+from qwen3_jax.generation.cache import grown, init_cache
+from qwen3_jax.generation.door import LogitsHook, Settings, bucket, check_prompts, fitted, make_settings
+from qwen3_jax.generation.sample import Sampling, penalised, sample
+from qwen3_jax.generation.unstack import on_cpu, unstack, views
 from qwen3_jax.model.cache import Cache
 from qwen3_jax.model.transformer import Layer, Qwen3
 
 LENGTH, STOP = 0, 1  # finish_reason
 GREEDY = Sampling(temperature=0.0)
-
-LogitsHook = Callable[[Float[Array, "B V"], Int[Array, "B N"], Int[Array, ""]], Float[Array, "B V"]]
 
 
 @jax.tree_util.register_dataclass
@@ -53,30 +51,6 @@ class Generated:
     top_tokens: Any
     top_logprobs: Any
     cache: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What one call of generate decides, in a fixed form: B rows, and token lists padded with -1.
-
-    Attributes:
-        sampling: every field [B].
-        keys: [B] typed keys; step t of row b draws with fold_in(keys[b], t).
-        stop: [S] int32.
-        budget: a BudgetRule.
-        hook: a jax.tree_util.Partial of a LogitsHook, or None.
-        limit: int32, max_new_tokens.
-        pad: int32.
-    """
-
-    sampling: Any
-    keys: Any
-    stop: Any
-    budget: Any
-    hook: Any
-    limit: Any
-    pad: Any
 
 
 @jax.tree_util.register_dataclass
@@ -146,10 +120,10 @@ def generate(
     Raises:
         ValueError: an argument that is refused, by name.
     """
-    batch = _check_prompts(tokens, lengths, max_new_tokens, logprobs, samples, key, sampling)
+    batch = check_prompts(tokens, lengths, max_new_tokens, logprobs, samples, key, sampling)
     rows = batch * samples
     lengths = jnp.full((batch,), tokens.shape[1], jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
-    tokens, capacity, cache = _fitted(model, tokens, max_new_tokens, cache, cache_len)
+    tokens, capacity, cache = fitted(model, tokens, max_new_tokens, cache, cache_len)
     settings = make_settings(model, rows, sampling, key, stop_tokens, thinking, logits_hook, max_new_tokens)
     slots = bucket(max_new_tokens)
     layers = views(model) if on_cpu(model) else None
@@ -159,68 +133,6 @@ def generate(
         return out
     cut = {name: getattr(out, name)[:, :max_new_tokens] for name in ("tokens", "logprobs", "top_tokens", "top_logprobs")}
     return dataclasses.replace(out, **cut)
-
-
-def bucket(length: int) -> int:
-    """The length that arrays for this many tokens get: four sizes per power of two, at least 16."""
-    if length <= 16:
-        return 16
-    step = 1 << ((length - 1).bit_length() - 3)
-    return -(-length // step) * step
-
-
-def make_settings(
-    model: Qwen3,
-    rows: int,
-    sampling: Sampling,
-    key: Key[Array, "..."] | None,
-    stop_tokens: Sequence[int] | Int[Array, " S"],
-    thinking: ThinkingBudget | None,
-    logits_hook: LogitsHook | None,
-    max_new_tokens: int,
-) -> Settings:
-    """Settings of these arguments of generate.
-
-    Args:
-        model: for its pad token.
-        rows: of the output.
-        sampling: numbers, or one per row.
-        key: one, or one per row.
-        stop_tokens: any number.
-        thinking: a budget or None.
-        logits_hook: a function, a Partial or None.
-        max_new_tokens: the bound.
-
-    Returns:
-        The settings.
-
-    Raises:
-        ValueError: keys that are neither one nor one per row, stop tokens that are no ids, and what sampling and budget refuse.
-    """
-    keys = jnp.broadcast_to(jax.random.key(0), (rows,)) if key is None else key
-    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
-        raise ValueError(
-            f"key is {keys.dtype}{list(keys.shape)}: accepted is a typed key, jax.random.key(seed), or one per row"
-        )
-    if keys.shape == ():
-        keys = jax.vmap(functools.partial(jax.random.fold_in, keys))(jnp.arange(rows))
-    if keys.shape != (rows,):
-        raise ValueError(f"key has shape {list(keys.shape)}: accepted is one key or [{rows}], one per row")
-    stop = jnp.asarray(stop_tokens if len(stop_tokens) else [-1])
-    if stop.ndim != 1 or not jnp.issubdtype(stop.dtype, jnp.integer):
-        raise ValueError(f"stop_tokens is {stop_tokens!r}: accepted is a sequence of token ids")
-    spare = bucket(stop.shape[0]) - stop.shape[0]
-    stop = jnp.pad(stop.astype(jnp.int32), (0, spare), constant_values=-1)
-    pad = model.config.pad_token_id
-    return Settings(
-        sampling=broadcast(sampling, rows),
-        keys=keys,
-        stop=stop,
-        budget=budget_rule(thinking, rows),
-        hook=logits_hook if logits_hook is None or isinstance(logits_hook, jax.tree_util.Partial) else _partial(logits_hook),
-        limit=jnp.int32(max_new_tokens),
-        pad=jnp.int32(0 if pad is None else pad),
-    )
 
 
 def start(
@@ -376,11 +288,6 @@ def _rows(rule: Any, batch: int, samples: int) -> Any:
     return rule if samples == 1 else dataclasses.replace(rule, tokens=rule.tokens[::samples][:batch])
 
 
-@functools.cache
-def _partial(hook: LogitsHook) -> jax.tree_util.Partial:
-    return jax.tree_util.Partial(hook)
-
-
 @functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
 def _generate(
     model: Qwen3,
@@ -400,83 +307,3 @@ def _generate(
     cache = init_cache(model, tokens.shape[0], capacity) if cache is None else grown(cache, capacity)
     running = start(model, layers, tokens, lengths, cache, settings, slots, top, samples)
     return advance(model, layers, running, settings, settings.limit).out
-
-
-def grown(cache: Cache, capacity: int) -> Cache:
-    """The cache with more slots per row, or as it is.
-
-    Args:
-        cache: any.
-        capacity: slots per row, at least as many as it has.
-    """
-    more = capacity - cache.capacity
-    if not more:
-        return cache
-    large = ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))
-    segments = jnp.pad(cache.segments, ((0, 0), (0, more)))
-    return dataclasses.replace(cache, k=jnp.pad(cache.k, large), v=jnp.pad(cache.v, large), segments=segments)
-
-
-def on_cpu(model: Qwen3) -> bool:
-    """Whether the weights are on CPU, where layers run faster one by one; in a caller's jit, the default backend decides."""
-    weight = model.embed.weight[...]
-    if isinstance(weight, jax.core.Tracer):
-        return jax.default_backend() == "cpu"
-    return all(device.platform == "cpu" for device in weight.devices())
-
-
-def _known(array: Any) -> bool:
-    return not isinstance(array, jax.core.Tracer)
-
-
-def _check_prompts(
-    tokens: Shaped[Array, "..."],
-    lengths: Any,
-    max_new_tokens: int,
-    logprobs: int,
-    samples: int,
-    key: Any,
-    sampling: Sampling,
-) -> int:
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or 0 in tokens.shape:
-        raise ValueError(f"tokens are {tokens.dtype}{list(tokens.shape)}: accepted are integers [B, T], at least [1, 1]")
-    for name, value, low in (("max_new_tokens", max_new_tokens, 1), ("samples", samples, 1), ("logprobs", logprobs, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{name} is {value!r}: accepted is an integer >= {low}")
-    batch, length = tokens.shape
-    if lengths is not None and _known(lengths):
-        values = np.asarray(lengths)
-        if values.shape != (batch,) or not np.issubdtype(values.dtype, np.integer) or values.min() < 1 or values.max() > length:
-            raise ValueError(f"lengths is {lengths}: accepted are {batch} integers from 1 to {length}")
-    if key is None and not (_known(sampling.temperature) and np.all(np.asarray(sampling.temperature) == 0)):
-        raise ValueError("key is missing: accepted is jax.random.key(seed), or none where every temperature is 0")
-    return batch
-
-
-def _fitted(
-    model: Qwen3, tokens: jax.Array, max_new_tokens: int, cache: Cache | None, cache_len: int | None
-) -> tuple[jax.Array, int, Cache | None]:
-    """Prompts padded to a bucket, as far as the cache has room for it, and the cache's slots per row."""
-    batch, length = tokens.shape
-    padded = bucket(length)
-    if cache is None:
-        capacity = padded + bucket(max_new_tokens) if cache_len is None else cache_len
-        used = 0
-    else:
-        capacity = cache.capacity if cache_len is None else cache_len
-        used = int(cache.lengths.max()) if _known(cache.lengths) else 0
-        if cache.k.shape[1] != batch:
-            raise ValueError(f"cache has {cache.k.shape[1]} rows, tokens {batch}: accepted are as many")
-        if capacity < cache.capacity:
-            raise ValueError(f"cache_len is {cache_len}: accepted is at least the {cache.capacity} slots of the cache given")
-    needed = used + length + max_new_tokens
-    if needed > capacity:
-        where = "the cache has" if cache_len is None else "cache_len is"
-        raise ValueError(
-            f"{where} {capacity} slots per row: {used} in use, {length} tokens and {max_new_tokens} new ones need {needed}; "
-            "cache_len makes it larger"
-        )
-    # Padding is written to the cache too (and overwritten later): it must not run over its end.
-    room = cache is None or _known(cache.lengths)
-    padded = padded if room and used + padded <= capacity else length
-    return jnp.pad(tokens, ((0, 0), (0, padded - length))), capacity, cache

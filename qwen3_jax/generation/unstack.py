@@ -51,6 +51,14 @@ def views(model: Qwen3) -> list[Layer] | None:
     return _layers(model, view)
 
 
+def on_cpu(model: Qwen3) -> bool:
+    """Whether the weights are on CPU, where layers run faster one by one; in a caller's jit, the default backend decides."""
+    weight = model.embed.weight[...]
+    if isinstance(weight, jax.core.Tracer):
+        return jax.default_backend() == "cpu"
+    return all(device.platform == "cpu" for device in weight.devices())
+
+
 def _layers(model: Qwen3, slice_of: Callable[[jax.Array, int], jax.Array]) -> list[Layer]:
     layers = []
     for unit, segment in zip(model.segments, model.config.segments(), strict=True):
