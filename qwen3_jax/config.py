@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Literal
 
+from qwen3_jax.checks import ConfigError, above, at_least, check_fields, shown
+from qwen3_jax.segments import BlockKind, Segment, split
+
 RopeKind = Literal["linear", "dynamic", "yarn", "llama3", "longrope"]
 
-
-class ConfigError(ValueError):
-    """A config that is refused: which field, what was found, what is accepted."""
+MOST_LAYERS = MOST_EXPERTS = 100_000  # a config beyond is a mistake, and would keep the machine busy before it fails
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,7 @@ class RopeScaling:
     long_factor: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.kind not in ROPE_KEYS:
             raise ConfigError(f"rope_type {self.kind!r}: accepted are default, {', '.join(ROPE_KEYS)}")
         required, optional = ROPE_KEYS[self.kind]
@@ -62,18 +63,12 @@ class RopeScaling:
                 raise ConfigError(
                     f"{field.name} has no meaning for rope_type {self.kind!r}, which reads {', '.join(required + optional)}"
                 )
-        if self.factor is not None and self.factor < 1:
-            raise ConfigError(f"rope scaling factor is {self.factor}: accepted is a number of at least 1")
-        for name in ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"):
-            given = getattr(self, name)
-            if given is not None and given <= 0:
-                raise ConfigError(f"{name} is {given}: accepted is a number above 0")
+        at_least(self, 1, ("factor", "original_max_position_embeddings"))
+        at_least(self, 0, ("mscale", "mscale_all_dim"))
+        above(self, 0, ("attention_factor", "beta_fast", "beta_slow", "short_factor", "long_factor"))
         low, high = self.low_freq_factor, self.high_freq_factor
         if low is not None and high is not None and not 0 < low < high:
             raise ConfigError(f"low_freq_factor {low} and high_freq_factor {high}: accepted is 0 < low < high")
-        for name in ("short_factor", "long_factor"):
-            if any(value <= 0 for value in getattr(self, name) or ()):
-                raise ConfigError(f"{name} holds a number that is not above 0")
 
 
 # kind -> (keys it needs, keys it may have).
@@ -107,18 +102,20 @@ class DualChunkAttention:
 
     chunk_size: int = 8192
     local_size: int = 1024
-    original_max_position_embeddings: int = 0
+    original_max_position_embeddings: int | None = None
     sparse_attention_enabled: bool | None = None
     sparse_attention_config: str | None = None  # the per-head table, kept as JSON text
     sparse_attention_threshold: int = 32768
     sparse_attention_last_q: int = 64
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.local_size < self.chunk_size:
             raise ConfigError(
-                f"dual_chunk_attention_config: local_size {self.local_size} and chunk_size {self.chunk_size}; accepted is "
-                "0 < local_size < chunk_size"
+                f"local_size {self.local_size} and chunk_size {self.chunk_size}: accepted is 0 < local_size < chunk_size"
             )
+        at_least(self, 1, ("original_max_position_embeddings",))
+        at_least(self, 0, ("sparse_attention_threshold", "sparse_attention_last_q"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,30 +129,12 @@ class Quantization:
     modules_to_not_convert: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        accepted = {"quant_method": ("fp8",), "fmt": ("e4m3",), "activation_scheme": ("dynamic",)}
-        for name, values in accepted.items():
-            if getattr(self, name) not in values:
-                raise ConfigError(f"quantization_config: {name} is {getattr(self, name)!r}; accepted is {' or '.join(values)}")
-        if len(self.weight_block_size) != 2 or min(self.weight_block_size) < 1:
-            raise ConfigError(
-                f"quantization_config: weight_block_size is {list(self.weight_block_size)}; accepted are two sizes above 0"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockKind:
-    """What a layer is made of: its feed-forward kind, and whether its attention has a sliding window."""
-
-    mlp: Literal["dense", "moe"] = "dense"
-    sliding: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """Layers that one scan runs: a unit of kinds, repeated."""
-
-    unit: tuple[BlockKind, ...]
-    repeats: int
+        check_fields(self)
+        for name, value in (("quant_method", "fp8"), ("fmt", "e4m3"), ("activation_scheme", "dynamic")):
+            if getattr(self, name) != value:
+                raise ConfigError(f"{name} is {shown(getattr(self, name))}: accepted is {value!r}")
+        if min(self.weight_block_size) < 1:
+            raise ConfigError(f"weight_block_size is {shown(list(self.weight_block_size))}: accepted are two sizes above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,37 +180,33 @@ class Qwen3Config:
     output_router_logits: bool = False
     # Storage and words
     quantization_config: Quantization | None = None
-    bos_token_id: int | None = 151643
-    eos_token_id: int | tuple[int, ...] | None = 151645
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        positive = (
+        check_fields(self)
+        sizes = (
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-            "max_position_embeddings decoder_sparse_step rms_norm_eps rope_theta"
+            "max_position_embeddings decoder_sparse_step"
         )
         if self.num_experts:
-            positive += " num_experts num_experts_per_tok moe_intermediate_size"
-        for name in positive.split():
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}: accepted is a number above 0")
-        for name in (
-            "initializer_range",
-            "attention_dropout",
-            "router_aux_loss_coef",
-            "num_experts",
-            "max_window_layers",
-        ):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}: accepted is a number of at least 0")
-        for field in dataclasses.fields(self):
-            given = getattr(self, field.name)
-            if isinstance(given, float) and not math.isfinite(given):
-                raise ConfigError(f"{field.name} is {given}: accepted is a finite number")
+            sizes += " num_experts_per_tok moe_intermediate_size"
+        at_least(self, 1, sizes.split())
+        above(self, 0, ("rms_norm_eps",))
+        above(self, 1, ("rope_theta",))
+        at_least(
+            self,
+            0,
+            ("initializer_range", "attention_dropout", "router_aux_loss_coef", "num_experts", "max_window_layers"),
+        )
+        for name, most in (("num_hidden_layers", MOST_LAYERS), ("num_experts", MOST_EXPERTS)):
+            if getattr(self, name) > most:
+                raise ConfigError(f"{name} is {getattr(self, name)}: accepted is at most {most}")
         if self.hidden_act != "silu":
-            raise ConfigError(f"hidden_act is {self.hidden_act!r}: accepted is 'silu'")
+            raise ConfigError(f"hidden_act is {shown(self.hidden_act)}: accepted is 'silu'")
         if self.dtype not in ("bfloat16", "float16", "float32"):
-            raise ConfigError(f"dtype is {self.dtype!r}: accepted are bfloat16, float16 and float32")
+            raise ConfigError(f"dtype is {shown(self.dtype)}: accepted are bfloat16, float16 and float32")
         if self.attention_dropout != 0:
             raise ConfigError(f"attention_dropout is {self.attention_dropout}: accepted is 0, the family has none")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -245,14 +220,38 @@ class Qwen3Config:
             raise ConfigError(f"num_experts_per_tok {self.num_experts_per_tok} is above num_experts {self.num_experts}")
         outside = [layer for layer in self.mlp_only_layers if not 0 <= layer < self.num_hidden_layers]
         if outside:
-            raise ConfigError(f"mlp_only_layers names layers {outside}; there are {self.num_hidden_layers}, from 0")
+            raise ConfigError(f"mlp_only_layers names layers {shown(outside)}; there are {self.num_hidden_layers}, from 0")
         if self.use_sliding_window and (self.sliding_window is None or self.sliding_window < 1):
             raise ConfigError(f"use_sliding_window needs a sliding_window above 0, found {self.sliding_window}")
-        if self.rope_scaling is not None:
-            for name in ("short_factor", "long_factor"):
-                factors = getattr(self.rope_scaling, name)
-                if factors is not None and len(factors) != self.head_dim // 2:
-                    raise ConfigError(f"{name} has {len(factors)} numbers; accepted is head_dim / 2 = {self.head_dim // 2}")
+        self._check_tokens()
+        self._check_rope()
+
+    def _check_tokens(self) -> None:
+        if self.eos_token_id == ():
+            raise ConfigError("eos_token_id is an empty list: accepted is a token id, some of them, or None")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            given = getattr(self, name)
+            for token in given if isinstance(given, tuple) else (given,):
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ConfigError(f"{name} is {token}: accepted is None, or 0 to vocab_size - 1 = {self.vocab_size - 1}")
+
+    def _check_rope(self) -> None:
+        scaling = self.rope_scaling
+        if scaling is None:
+            return
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(scaling, name)
+            if factors is not None and len(factors) != self.head_dim // 2:
+                raise ConfigError(f"{name} has {len(factors)} numbers: accepted is head_dim / 2 = {self.head_dim // 2}")
+        original = scaling.original_max_position_embeddings or self.max_position_embeddings
+        if scaling.kind == "longrope" and original < 2:
+            raise ConfigError(f"original_max_position_embeddings is {original}: accepted for longrope is a number above 1")
+        if scaling.kind == "dynamic" and self.head_dim < 4:
+            raise ConfigError(f"head_dim is {self.head_dim}: accepted with rope_type 'dynamic' is at least 4")
+        if scaling.kind == "yarn" and self.dual_chunk_attention_config is not None:
+            raise ConfigError(
+                "dual_chunk_attention_config and rope_scaling of type 'yarn' contradict each other: accepted is one of them"
+            )
 
     @classmethod
     def from_hf(cls, source: str | PathLike[str] | Mapping[str, Any], strict: bool = False) -> Qwen3Config:
@@ -290,9 +289,16 @@ class Qwen3Config:
         return preset(name)
 
     def block_kind(self, layer: int) -> BlockKind:
-        """What layer number `layer` (from 0) is made of."""
-        sparse = self.num_experts > 0 and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
-        return BlockKind("moe" if sparse else "dense", self.use_sliding_window and layer >= self.max_window_layers)
+        """What layer number `layer` (from 0) is made of.
+
+        A window slides over the layers from max_window_layers on in a dense model and over every layer of a
+        mixture of experts, as in transformers, whose `Qwen3MoeModel` has one mask for all.
+        """
+        return self.block_kinds()[layer]
+
+    def block_kinds(self) -> tuple[BlockKind, ...]:
+        """What each layer is made of, in order."""
+        return _block_kinds(self)
 
     def segments(self) -> tuple[Segment, ...]:
         """The layers in order as segments, chosen so that the scans' bodies hold as few layers as can be.
@@ -300,7 +306,7 @@ class Qwen3Config:
         Returns:
             Segments whose units, repeated and joined, are the layers; alternating dense and MoE is one segment of two.
         """
-        return _segments(tuple(self.block_kind(layer) for layer in range(self.num_hidden_layers)))
+        return _segments(self)
 
     def num_params(self) -> int:
         """Parameters in all; a tied table counts once."""
@@ -315,25 +321,23 @@ class Qwen3Config:
         attention = 2 * d * n * h + 2 * d * k * h + 2 * h + (n * h + 2 * k * h + d if self.attention_bias else 0)
         dense = 3 * d * self.intermediate_size
         moe = experts * 3 * d * self.moe_intermediate_size + self.num_experts * d
-        kinds = [self.block_kind(layer).mlp for layer in range(self.num_hidden_layers)]
-        layers = sum(attention + 2 * d + (moe if kind == "moe" else dense) for kind in kinds)
+        layers = sum(attention + 2 * d + (moe if kind.mlp == "moe" else dense) for kind in self.block_kinds())
         return layers + d + self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
 
 
 @functools.lru_cache(maxsize=64)
-def _segments(kinds: tuple[BlockKind, ...]) -> tuple[Segment, ...]:
-    # best[i]: (layers in scan bodies, segments, the split) of the layers from i on; shortest bodies first.
-    best: list[tuple[int, int, tuple[Segment, ...]]] = [(0, 0, ())]
-    for start in reversed(range(len(kinds))):
-        choices = []
-        for size in range(1, len(kinds) - start + 1):
-            unit, repeats = kinds[start : start + size], 0
-            if choices and size > min(choice[0] for choice in choices):
-                break  # a longer unit alone already costs more
-            while kinds[start + repeats * size : start + (repeats + 1) * size] == unit:
-                repeats += 1
-                cost, count, rest = best[len(kinds) - start - repeats * size]
-                choices.append((cost + size, count + 1, repeats, unit, rest))
-        cost, count, repeats, unit, rest = min(choices, key=lambda choice: (choice[0], choice[1], -choice[2]))
-        best.append((cost, count, (Segment(unit, repeats), *rest)))
-    return best[-1][2]
+def _block_kinds(config: Qwen3Config) -> tuple[BlockKind, ...]:
+    dense = frozenset(config.mlp_only_layers) if config.num_experts else range(config.num_hidden_layers)
+    slides_from = 0 if config.num_experts else config.max_window_layers
+    return tuple(
+        BlockKind(
+            "dense" if layer in dense or (layer + 1) % config.decoder_sparse_step else "moe",
+            config.use_sliding_window and layer >= slides_from,
+        )
+        for layer in range(config.num_hidden_layers)
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _segments(config: Qwen3Config) -> tuple[Segment, ...]:
+    return split(config.block_kinds())

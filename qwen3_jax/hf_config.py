@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import json
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from qwen3_jax.config import (
-    ROPE_KEYS,
-    ConfigError,
-    DualChunkAttention,
-    Quantization,
-    Qwen3Config,
-    RopeScaling,
-)
+from qwen3_jax.checks import ConfigError, checked, field_types, shown
+from qwen3_jax.config import ROPE_KEYS, DualChunkAttention, Quantization, Qwen3Config, RopeScaling
 
 MODEL_TYPES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
@@ -63,7 +59,16 @@ INERT = frozenset(
 # Keys of other members of the house: accepted with the one value that means "as Qwen3 does it".
 FIXED = {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0}
 
-_FIELDS = {field.name: field for field in dataclasses.fields(Qwen3Config)}
+# Keys of quantization_config that transformers 5 writes beside the format's own: each with what a hub file means by silence.
+FIXED_FP8 = {"modules_to_convert": None, "dequantize": False, "scale_fmt": "float", "expert_dtype": "fp8"}
+
+# Keys that may be null, which then means what their absence does.
+NULL_IS_ABSENT = ("head_dim", "mlp_only_layers", "dtype", "num_experts")
+
+# What a file that slides and doesn't say how far means, in either version's classes.
+SILENT_WINDOW = 4096
+
+_ORIGINAL = "original_max_position_embeddings"
 
 
 def read_config(source: str | PathLike[str] | Mapping[str, Any], strict: bool) -> Qwen3Config:
@@ -81,12 +86,14 @@ def read_config(source: str | PathLike[str] | Mapping[str, Any], strict: bool) -
     """
     if isinstance(source, Mapping):
         return _parse(dict(source), strict)
+    if not isinstance(source, str | os.PathLike):
+        raise ConfigError(f"config is {shown(source)}: accepted is a folder, or the object that its config.json holds")
     file = Path(source) / "config.json"
     if not file.is_file():
         raise ConfigError(f"{file} is not there: accepted is a folder that holds a config.json")
     try:
         content = json.loads(file.read_text("utf-8"), object_pairs_hook=_unique)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, ConfigError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of more digits than Python reads
         raise ConfigError(f"{file}: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file} holds a JSON {type(content).__name__}: accepted is an object")
@@ -99,36 +106,39 @@ def read_config(source: str | PathLike[str] | Mapping[str, Any], strict: bool) -
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1)
         raise ConfigError(f"the key {', '.join(twice)} stands twice")
     return content
 
 
 def _parse(content: dict[str, Any], strict: bool) -> Qwen3Config:
+    for key in content:
+        if not isinstance(key, str):
+            raise ConfigError(f"config.json has a key {shown(key)}: accepted are strings")
     model_type = content.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise ConfigError(f"model_type is {model_type!r}: read are {' and '.join(MODEL_TYPES)}")
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+        raise ConfigError(f"model_type is {shown(model_type)}: read are {' and '.join(MODEL_TYPES)}")
     for new, name in SPELLINGS.items():
         if new in content:
             given = content.pop(new)
             if name in content and content[name] is not None and given is not None and content[name] != given:
-                raise ConfigError(f"{new} is {given!r} but {name} is {content[name]!r}: they name one thing")
+                raise ConfigError(f"{new} is {shown(given)} but {name} is {shown(content[name])}: they name one thing")
             if content.get(name) is None:
                 content[name] = given
     values: dict[str, Any] = dict(ABSENT[model_type])
     values.update(_rope(content))
     layer_types = content.pop("layer_types", None)
+    types = field_types(Qwen3Config)
+    if model_type == "qwen3" and "num_key_value_heads" in content and content["num_key_value_heads"] is None:
+        content["num_key_value_heads"] = content.get("num_attention_heads", Qwen3Config.num_attention_heads)
     for key, given in content.items():
-        if key in INERT:
+        if key in INERT or (given is None and key in NULL_IS_ABSENT):
             continue
         if key in FIXED:
             if given is not None and given != FIXED[key]:
-                raise ConfigError(f"{key} is {given!r}: accepted is {FIXED[key]!r}")
-        elif key in _FIELDS:
-            value = _value(key, given)
-            if value is not None or "None" in str(_FIELDS[key].type):
-                values[key] = value
+                raise ConfigError(f"{key} is {shown(given)}: accepted is {FIXED[key]!r}")
+        elif key in types:
+            values[key] = _value(key, given, types[key])
         else:
             _unknown(key, strict)
     if model_type == "qwen3":
@@ -143,6 +153,8 @@ def _parse(content: dict[str, Any], strict: bool) -> Qwen3Config:
         values["head_dim"] = 128 if model_type == "qwen3" else max(1, width // max(1, heads))
     if not values.get("use_sliding_window"):
         values["sliding_window"] = None
+    elif "sliding_window" not in values:
+        values["sliding_window"] = SILENT_WINDOW
     config = Qwen3Config(**values)
     if layer_types is not None:
         _check_layer_types(config, layer_types)
@@ -150,77 +162,69 @@ def _parse(content: dict[str, Any], strict: bool) -> Qwen3Config:
 
 
 def _unknown(key: str, strict: bool) -> None:
-    near = difflib.get_close_matches(key, [*_FIELDS, *SPELLINGS, "rope_parameters", "layer_types"], 1)
-    message = f"config.json has an unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    near = difflib.get_close_matches(key, [*field_types(Qwen3Config), *SPELLINGS, "rope_parameters", "layer_types"], 1)
+    message = f"config.json has an unknown key {shown(key)}" + (f"; did you mean {near[0]!r}?" if near else "")
     if strict:
         raise ConfigError(message)
     warnings.warn(f"{message}; it is ignored", UserWarning, stacklevel=5)
 
 
-def _value(key: str, given: Any) -> Any:
-    """A top-level value checked against its field's type."""
-    kind = str(_FIELDS[key].type)
-    optional = "None" in kind
-    if given is None:
-        if optional or key in ("head_dim", "num_key_value_heads", "mlp_only_layers", "dtype", "num_experts"):
-            return None
-        raise ConfigError(f"{key} is null: accepted is {kind}")
-    if key == "dual_chunk_attention_config":
-        return _table(key, given, DualChunkAttention)
-    if key == "quantization_config":
-        return _table(key, given, Quantization)
-    if key == "mlp_only_layers":
-        return tuple(_number(key, layer, "int") for layer in _list(key, given))
-    if key == "eos_token_id" and isinstance(given, list):
-        return tuple(_number(key, token, "int") for token in given)
+def _value(key: str, given: Any, kind: Any) -> Any:
+    """A top-level value as its field holds it."""
+    if given is None and type(None) not in get_args(kind):
+        raise ConfigError(f"{key} is null: accepted is {kind.__name__}")
+    if given is not None and key == "dual_chunk_attention_config":
+        return _dual_chunk(key, _object(key, given))
+    if given is not None and key == "quantization_config":
+        return _quantization(key, _object(key, given))
     if key == "dtype" and isinstance(given, str):
         given = given.removeprefix("torch.")
-    return _number(key, given, kind.split(" ")[0])
+    return checked(key, given, kind)
 
 
-def _number(key: str, given: Any, kind: str) -> Any:
-    """A value of one JSON kind; an int may stand for a float, a bool for nothing else."""
-    if kind == "float" and isinstance(given, int | float) and not isinstance(given, bool):
-        return float(given)
-    if kind == "int" and isinstance(given, int) and not isinstance(given, bool):
-        return given
-    if kind == "bool" and isinstance(given, bool):
-        return given
-    if kind == "str" and isinstance(given, str):
-        return given
-    raise ConfigError(f"{key} is {given!r}: accepted is {kind}")
-
-
-def _list(key: str, given: Any) -> list[Any]:
-    if not isinstance(given, list | tuple):
-        raise ConfigError(f"{key} is {given!r}: accepted is a list")
-    return list(given)
-
-
-def _table(key: str, given: Any, kind: type) -> Any:
-    """A nested object into its dataclass; every key of it must be known."""
+def _object(key: str, given: Any) -> dict[Any, Any]:
     if not isinstance(given, Mapping):
-        raise ConfigError(f"{key} is {given!r}: accepted is an object")
-    fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}
-    values: dict[str, Any] = {}
-    for name, value in given.items():
-        if name not in fields:
-            raise ConfigError(f"{key} has an unknown key {name!r}: accepted are {', '.join(fields)}")
-        where = f"{key}.{name}"
-        if name == "sparse_attention_config":
-            if not isinstance(value, Mapping | list | None):
-                raise ConfigError(f"{where} is {value!r}: accepted is an object or a list")
-            values[name] = None if value is None else json.dumps(value)
-        elif fields[name].startswith("tuple[int"):
-            values[name] = tuple(_number(where, item, "int") for item in _list(where, value))
-        elif fields[name].startswith("tuple[str"):
-            values[name] = tuple(_number(where, item, "str") for item in _list(where, value or []))
-        elif value is not None or "None" not in fields[name]:
-            values[name] = _number(where, value, fields[name].split(" ")[0])
-    return kind(**values)
+        raise ConfigError(f"{key} is {shown(given)}: accepted is an object")
+    return dict(given)
 
 
-_ORIGINAL = "original_max_position_embeddings"
+def _table[T](key: str, values: dict[Any, Any], kind: type[T]) -> T:
+    """A nested object into its dataclass; every key of it must be known."""
+    types = field_types(kind)
+    for name in values:
+        if name not in types:
+            raise ConfigError(f"{key} has an unknown key {shown(name)}: accepted are {', '.join(types)}")
+    try:
+        return kind(**{name: checked(name, value, types[name]) for name, value in values.items()})
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def _quantization(key: str, values: dict[Any, Any]) -> Quantization:
+    method = values.get("quant_method")
+    if method != "fp8":
+        raise ConfigError(f"{key}: quant_method is {shown(method)}, a method that isn't read: accepted is 'fp8'")
+    values["quant_method"] = "fp8"  # transformers' own objects have an enum here
+    for name, value in FIXED_FP8.items():
+        if name in values:
+            given = values.pop(name)
+            if type(given) is not type(value) or given != value:
+                raise ConfigError(f"{key}: {name} is {shown(given)}: accepted is {'null' if value is None else repr(value)}")
+    if values.get("modules_to_not_convert", ()) is None:
+        values["modules_to_not_convert"] = ()
+    return _table(key, values, Quantization)
+
+
+def _dual_chunk(key: str, values: dict[Any, Any]) -> DualChunkAttention:
+    sparse = values.get("sparse_attention_config")
+    if not isinstance(sparse, Mapping | list | None):
+        raise ConfigError(f"{key}: sparse_attention_config is {shown(sparse)}: accepted is an object or a list")
+    if sparse is not None:
+        try:
+            values["sparse_attention_config"] = json.dumps(sparse, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{key}: sparse_attention_config is no JSON: {error}") from error
+    return _table(key, values, DualChunkAttention)
 
 
 def _rope(content: dict[str, Any]) -> dict[str, Any]:
@@ -229,7 +233,7 @@ def _rope(content: dict[str, Any]) -> dict[str, Any]:
     for key in ("rope_scaling", "rope_parameters"):
         table = content.pop(key, None)
         if table is not None:
-            found[key] = _rope_table(key, table)
+            found[key] = _rope_table(key, _object(key, table))
     if len(found) == 2:
         (scaling, old_theta), (parameters, theta) = found["rope_scaling"], found["rope_parameters"]
         if scaling != parameters or (None not in (old_theta, theta) and old_theta != theta):
@@ -241,17 +245,17 @@ def _rope(content: dict[str, Any]) -> dict[str, Any]:
             values["rope_theta"] = theta
     theta = content.pop("rope_theta", None)
     if theta is not None:
-        theta = _number("rope_theta", theta, "float")
+        theta = checked("rope_theta", theta, float)
         if "rope_theta" in values and values["rope_theta"] != theta:
             raise ConfigError(f"rope_theta is {theta} but rope_parameters says {values['rope_theta']}")
         values["rope_theta"] = theta
-    original = content.pop("original_max_position_embeddings", None)
+    original = content.pop(_ORIGINAL, None)
     if original is not None:
-        values["rope_scaling"] = _with_original(values.get("rope_scaling"), _number(_ORIGINAL, original, "int"))
+        values["rope_scaling"] = _with_original(values.get("rope_scaling"), checked(_ORIGINAL, original, int))
     return values
 
 
-def _with_original(scaling: RopeScaling | None, original: Any) -> RopeScaling:
+def _with_original(scaling: RopeScaling | None, original: int) -> RopeScaling:
     """The scaling with the original length that stands beside it, where transformers 4 looks for longrope's."""
     if scaling is None or scaling.kind != "longrope":
         raise ConfigError(f"{_ORIGINAL} is {original}: accepted is it beside rope_scaling of type longrope")
@@ -260,50 +264,31 @@ def _with_original(scaling: RopeScaling | None, original: Any) -> RopeScaling:
     return dataclasses.replace(scaling, original_max_position_embeddings=original)
 
 
-def _rope_table(key: str, table: Any) -> tuple[RopeScaling | None, float | None]:
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{key} is {table!r}: accepted is an object")
-    table = dict(table)
+def _rope_table(key: str, table: dict[Any, Any]) -> tuple[RopeScaling | None, float | None]:
     theta = table.pop("rope_theta", None)
     if theta is not None:
-        theta = _number(f"{key}.rope_theta", theta, "float")
-    kinds = {table.pop(name) for name in ("rope_type", "type") if isinstance(table.get(name), str)}
+        theta = checked(f"{key}.rope_theta", theta, float)
+    kinds = {checked(f"{key}.{name}", table.pop(name), str) for name in ("rope_type", "type") if name in table}
     if len(kinds) > 1:
-        raise ConfigError(f"{key} has rope_type and type with different values: {', '.join(sorted(kinds))}")
-    for name in ("rope_type", "type"):
-        if name in table:
-            raise ConfigError(f"{key}.{name} is {table[name]!r}: accepted is str")
+        raise ConfigError(f"{key} has rope_type and type with different values: {shown(sorted(kinds))}")
     if not kinds and table:
         raise ConfigError(f"{key} has no rope_type: accepted are default, {', '.join(ROPE_KEYS)}")
     kind: Any = kinds.pop() if kinds else "default"
     if kind != "default" and kind not in ROPE_KEYS:
-        raise ConfigError(f"{key}: rope_type is {kind!r}; accepted are default, {', '.join(ROPE_KEYS)}")
+        raise ConfigError(f"{key}: rope_type is {shown(kind)}; accepted are default, {', '.join(ROPE_KEYS)}")
     required, optional = ROPE_KEYS.get(kind, ((), ()))
-    types = {field.name: str(field.type) for field in dataclasses.fields(RopeScaling)}
-    values: dict[str, Any] = {"kind": kind}
-    for name, value in table.items():
+    for name in table:
         if name not in required + optional:
             accepted = ", ".join(("rope_type", "rope_theta", *required, *optional))
-            raise ConfigError(f"{key} has an unknown key {name!r} for rope_type {kind!r}: accepted are {accepted}")
-        where = f"{key}.{name}"
-        if value is None:
-            values[name] = None
-        elif types[name].startswith("tuple"):
-            values[name] = tuple(_number(where, item, "float") for item in _list(where, value))
-        else:
-            values[name] = _number(where, value, types[name].split(" ")[0])
-    try:
-        return (None if kind == "default" else RopeScaling(**values)), theta
-    except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from error
+            raise ConfigError(f"{key} has an unknown key {shown(name)} for rope_type {kind!r}: accepted are {accepted}")
+    return (None if kind == "default" else _table(key, {"kind": kind, **table}, RopeScaling)), theta
 
 
 def _check_layer_types(config: Qwen3Config, layer_types: Any) -> None:
-    names = {False: "full_attention", True: "sliding_attention"}
-    expected = [names[config.block_kind(layer).sliding] for layer in range(config.num_hidden_layers)]
-    if _list("layer_types", layer_types) != expected:
+    expected = ["sliding_attention" if kind.sliding else "full_attention" for kind in config.block_kinds()]
+    if layer_types not in (expected, tuple(expected)):
         raise ConfigError(
-            "layer_types disagrees with use_sliding_window, sliding_window and max_window_layers: accepted is "
+            "layer_types disagrees with use_sliding_window, sliding_window and max_window_layers: accepted is a list of "
             f"{expected.count('full_attention')} full_attention, then {expected.count('sliding_attention')} sliding_attention"
         )
 
@@ -329,7 +314,7 @@ def config_dict(config: Qwen3Config) -> dict[str, Any]:
         "output_router_logits",
     }
     content: dict[str, Any] = {"architectures": [MODEL_TYPES[model_type]], "model_type": model_type}
-    for name in _FIELDS:
+    for name in field_types(Qwen3Config):
         value = getattr(config, name)
         if name in experts and not config.num_experts:
             continue

@@ -46,6 +46,7 @@ CASES = {
     "sliding": dict(BASE, use_sliding_window=True, sliding_window=64, max_window_layers=2),
     "moe": MOE,
     "moe_raw": dict(MOE, norm_topk_prob=False),
+    "moe_sliding": dict(MOE, use_sliding_window=True, sliding_window=64, max_window_layers=2),
     "moe_many": dict(MOE, num_experts=16, num_experts_per_tok=4),
     "mixed": dict(MOE, mlp_only_layers=[1]),
     "alternating": dict(MOE, decoder_sparse_step=2),
