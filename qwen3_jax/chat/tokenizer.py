@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer as Core
 
 from qwen3_jax.chat.family import family_of, family_template
-from qwen3_jax.chat.files import TokenizerError, json_object, load_core
+from qwen3_jax.chat.files import ADDITIONAL, TokenizerError, chat_template, generation_config, json_object, load_core
 from qwen3_jax.chat.template import normal_form, render
 from qwen3_jax.checkpoint.hub import local_folder
 
@@ -33,10 +33,17 @@ EARLY_STOP = (
 class Tokenizer:
     """Text to ids and back, and conversations to text by the folder's chat template.
 
-    Made by load_tokenizer. `template` is the jinja2 source, `folder` where the files are.
+    Made by load_tokenizer. `template` is the jinja2 source, or several by name; `folder` is where the files are.
     """
 
-    def __init__(self, folder: Path, core: Core, config: Mapping[str, Any], template: str, own_template: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        core: Core,
+        config: Mapping[str, Any],
+        template: str | dict[str, str],
+        own_template: bool = True,
+    ):
         self.folder = folder
         self.template = template
         self._own_template = own_template
@@ -44,8 +51,27 @@ class Tokenizer:
         self._config = config
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; special tokens in it are recognised. The embedding folders' end of text is added, nothing else is."""
-        return self._core.encode(text, add_special_tokens=True).ids
+        """Ids of a text.
+
+        Args:
+            text: special tokens in it are recognised.
+
+        Returns:
+            Its ids. The embedding folders' end of text is added, nothing else is.
+
+        Raises:
+            TokenizerError: half of a surrogate pair, which is no text: what bytes that are no UTF-8 are often read as.
+        """
+        return self._encode(text, add_special_tokens=True)
+
+    def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        try:
+            return self._core.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:  # what tokenizers says of a surrogate: that it must be a str
+            at = next((at for at, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
+            if at is None:
+                raise
+            raise TokenizerError(f"the text has {text[at]!r} at {at}: accepted is Unicode without surrogates") from error
 
     def decode(self, ids: Iterable[SupportsIndex], skip_special_tokens: bool = False) -> str:
         """The text of ids.
@@ -105,7 +131,8 @@ class Tokenizer:
             Ids, or the text.
 
         Raises:
-            TemplateError: the template failed, or spent its budget.
+            TemplateError: the template failed, or took more time, memory or text than it may.
+            TokenizerError: no messages, or no template for them.
         """
         if not messages:
             raise TokenizerError("messages is empty: accepted is at least one message")
@@ -114,9 +141,20 @@ class Tokenizer:
         names["add_generation_prompt"] = add_generation_prompt
         if enable_thinking is not None:
             names["enable_thinking"] = enable_thinking
-        text = render(self.template, names | values)
+        text = render(self._template(tools), names | values)
         # What the template wrote is the whole text: nothing is added to it.
-        return self._core.encode(text, add_special_tokens=False).ids if tokenize else text
+        return self._encode(text) if tokenize else text
+
+    def _template(self, tools: Any) -> str:
+        """The template of a conversation, chosen as transformers does."""
+        if isinstance(self.template, str):
+            return self.template
+        name = "tool_use" if tools is not None and "tool_use" in self.template else "default"
+        if name not in self.template:
+            names = ", ".join(sorted(self.template))
+            accepted = "accepted is one named default, or tok.template set to one of these"
+            raise TokenizerError(f"{self.folder}: its chat templates are {names}: {accepted}")
+        return self.template[name]
 
     def thinking_budget(self, tokens: Any) -> Any:
         """A limit on thinking for `generate`, with the ids that it needs.
@@ -170,7 +208,7 @@ class Tokenizer:
     @functools.cached_property
     def generation_config(self) -> dict[str, Any]:
         """The folder's generation_config.json; empty where there is none."""
-        return json_object(self.folder / "generation_config.json")
+        return generation_config(self.folder)
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Copy the tokenizer's files into a folder that exists; the family's chat template where they hold none.
@@ -179,11 +217,12 @@ class Tokenizer:
             folder: may be the tokenizer's own.
         """
         folder = Path(folder)
-        for name in FILES:
-            source = self.folder / name
-            if source.is_file() and source.resolve() != (folder / name).resolve():
-                shutil.copyfile(source, folder / name)
-        if not self._own_template:
+        for name in (*FILES, *(f"{ADDITIONAL}/{file.name}" for file in (self.folder / ADDITIONAL).glob("*.jinja"))):
+            source, copy = self.folder / name, folder / name
+            if source.is_file() and source.resolve() != copy.resolve():
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, copy)
+        if not self._own_template and isinstance(self.template, str):
             (folder / "chat_template.jinja").write_text(self.template, "utf-8")
 
     @functools.cached_property
@@ -193,7 +232,7 @@ class Tokenizer:
         return {key: text for key in keys if (text := _text(self._config.get(key)))}
 
     def _ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self._core.encode(text, add_special_tokens=False).ids)
+        return tuple(self._encode(text))
 
     def _id_of(self, key: str) -> int | None:
         text = _text(self._config.get(key))
@@ -219,26 +258,10 @@ def load_tokenizer(folder: str | PathLike[str], family: str | None = None) -> To
     given = None if family is None else family_template(family)  # an unknown one is refused whatever the folder holds
     config = json_object(folder / "tokenizer_config.json")
     core = load_core(folder, config)
-    own = _own_template(folder, config)
+    own = chat_template(folder, config)
     if own is not None:
         return Tokenizer(folder, core, config, own)
     return Tokenizer(folder, core, config, given or family_template(family_of(folder)), own_template=False)
-
-
-def _own_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise TokenizerError(f"{file} is no UTF-8 text: {error}") from error
-    given = config.get("chat_template") or json_object(folder / "chat_template.json").get("chat_template")
-    if isinstance(given, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
-        given = named.get("default")
-    if given is not None and not isinstance(given, str):
-        raise TokenizerError(f"{folder}: chat_template is {type(given).__name__}: accepted is text, or a list with a 'default'")
-    return given
 
 
 def _text(token: Any) -> str | None:

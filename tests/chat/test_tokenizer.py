@@ -1,6 +1,7 @@
 """A folder's tokenizer, made in Qwen3's own pipeline: text there and back, special tokens, its own template, bad folders."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -62,6 +63,90 @@ def test_the_folder_s_own_template_goes_first(folder, tmp_path, where):
     again = load_tokenizer(tmp_path)
     assert again.apply_chat_template(SAMPLE, tokenize=False) == f"<|im_end|>{SAMPLE[0]['content']}"
     assert again.stop_token_ids == (7, 5)
+
+
+def named(place, tok, *, files=None, listed=None):
+    """A copy of a tokenizer whose templates have names."""
+    tok.save(place)
+    (place / "chat_template.jinja").unlink()
+    if listed is not None:
+        config = json.loads((place / "tokenizer_config.json").read_text())
+        config["chat_template"] = [{"name": name, "template": name} for name in listed]
+        (place / "tokenizer_config.json").write_text(json.dumps(config))
+    for name in files or ():
+        file = place / ("chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(name)
+    return load_tokenizer(place)
+
+
+@pytest.mark.parametrize("form", ["files", "listed"])
+def test_templates_with_names_are_chosen_as_transformers_does(folder, tmp_path, form):
+    tok = named(tmp_path, load_tokenizer(folder), **{form: ["default", "tool_use", "rag"]})
+    (tmp_path / "again").mkdir()
+    tok.save(tmp_path / "again")
+    for each in (tok, load_tokenizer(tmp_path / "again")):
+        assert each.apply_chat_template(SAMPLE, tokenize=False) == "default"
+        assert each.apply_chat_template(SAMPLE, tools=[], tokenize=False) == "tool_use"
+        assert each.template == {name: name for name in ("default", "tool_use", "rag")}
+
+
+@pytest.mark.parametrize("form", ["files", "listed"])
+def test_without_a_default_template_the_names_are_told(folder, tmp_path, form):
+    tok = named(tmp_path, load_tokenizer(folder), **{form: ["tool_use", "rag"]})
+    assert tok.apply_chat_template(SAMPLE, tools=[{"name": "f"}], tokenize=False) == "tool_use"
+    with pytest.raises(TokenizerError, match="its chat templates are rag, tool_use: accepted is one named default"):
+        tok.apply_chat_template(SAMPLE)
+    assert isinstance(tok.template, dict)
+    tok.template = tok.template["rag"]
+    assert tok.apply_chat_template(SAMPLE, tokenize=False) == "rag"
+
+
+def test_files_of_templates_go_before_those_of_the_config(folder, tmp_path):
+    tok = named(tmp_path, load_tokenizer(folder), files=["rag"], listed=["default"])
+    assert tok.template == {"rag": "rag"}
+
+
+@pytest.mark.parametrize("given", [5, [5], [{"name": "default"}], [{"template": "a"}], {"default": 5}])
+def test_templates_that_are_none_are_refused_by_file(folder, tmp_path, given):
+    load_tokenizer(folder).save(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": given}))
+    with pytest.raises(TokenizerError, match="tokenizer_config.json: chat_template: accepted is text, or a list of objects"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "field, value, accepted",
+    [
+        ("eos_token_id", "x", "an id or a list of ids"),
+        ("eos_token_id", [1, "x"], "an id or a list of ids"),
+        ("eos_token_id", -1, "an id or a list of ids"),
+        ("eos_token_id", True, "an id or a list of ids"),
+        ("temperature", "hot", "a number"),
+        ("top_p", [0.5], "a number"),
+        ("top_k", 2.5, "an integer"),
+        ("do_sample", "yes", "true or false"),
+    ],
+)
+def test_generation_settings_of_another_type_are_refused_by_file_and_field(folder, tmp_path, field, value, accepted):
+    load_tokenizer(folder).save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({field: value}))
+    says = f"generation_config.json: {field} is {value!r}: accepted is {accepted}"
+    with pytest.raises(TokenizerError, match=re.escape(says)):
+        load_tokenizer(tmp_path).stop_token_ids  # noqa: B018
+    (tmp_path / "generation_config.json").write_text(json.dumps({field: None, "other": "x"}))
+    assert load_tokenizer(tmp_path).generation_config["other"] == "x"
+
+
+@pytest.mark.parametrize("text", ["a\udcff", "\ud83d"])
+def test_half_a_surrogate_pair_is_no_text(folder, text):
+    tok = load_tokenizer(folder)
+    with pytest.raises(TokenizerError, match=re.escape(f"the text has {text[-1]!r} at {len(text) - 1}: accepted is Unicode")):
+        tok.encode(text)
+    with pytest.raises(TokenizerError, match="accepted is Unicode without surrogates"):
+        tok.apply_chat_template([{"role": "user", "content": text}])
 
 
 def test_broken_folders_are_refused_by_path(folder, tmp_path):
