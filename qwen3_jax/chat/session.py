@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen3_jax.chat.thinking import ThinkingParser, thought_is_open
+from qwen3_jax.chat.thinking import Piece, ThinkingParser, last_soft_switch, thought_is_open
 from qwen3_jax.chat.tokenizer import Tokenizer
 from qwen3_jax.generation.cache import init_cache
 from qwen3_jax.generation.loop import Running, Settings, advance, bucket, make_settings, on_cpu, start
@@ -64,51 +64,35 @@ class Chat:
             sampling: None takes the folder's generation_config, or else what the family recommends.
             tools: JSON schemas of functions.
             stop: strings that end the answer's content; they are not part of it.
-            max_new_tokens: thought and content together.
+            max_new_tokens: thought and content together, at least 1.
             seed: of the draw.
 
-        Yields:
-            Pieces with text in them.
+        Returns:
+            Pieces with text in them, as they are written.
 
         Raises:
             ValueError: an argument that generate or the template refuses.
         """
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens!r}: accepted is an integer >= 1")
+        watch = _StopStrings(stop)
         budget = None
         if thinking is not None and not isinstance(thinking, bool):
             budget, thinking = self.tok.thinking_budget(thinking), True
         prompt = self.tok.apply_chat_template(
             messages, tools=tools, add_generation_prompt=True, enable_thinking=thinking, tokenize=False
         )
-        ids = self.tok.encode(prompt)
+        if sampling is None:
+            thinks = thinking is not False and last_soft_switch(messages) is not False
+            sampling = default_sampling(self.tok.generation_config, thinks)
         settings = make_settings(
-            self.model,
-            1,
-            sampling or default_sampling(self.tok.generation_config, thinking),
-            jax.random.key(seed),
-            self.tok.stop_token_ids,
-            budget,
-            None,
-            max_new_tokens,
+            self.model, 1, sampling, jax.random.key(seed), self.tok.stop_token_ids, budget, None, max_new_tokens
         )
-        parser, watch = ThinkingParser(thought_is_open(prompt)), _StopStrings(stop)
-        for text in _text(self.tok, self._tokens(ids, settings, max_new_tokens)):
-            for piece in parser.feed(text):
-                if piece.kind == "thinking":
-                    yield Delta(thinking=piece.text)
-                elif shown := watch.feed(piece.text):
-                    yield Delta(content=shown)
-            if watch.found:
-                return
-        for piece in parser.close():
-            if piece.kind == "thinking":
-                yield Delta(thinking=piece.text)
-            elif shown := watch.feed(piece.text):
-                yield Delta(content=shown)
-        if rest := watch.close():
-            yield Delta(content=rest)
+        written = self._tokens(self.tok.encode(prompt), settings, max_new_tokens)
+        return _deltas(written, _Characters(self.tok), ThinkingParser(thought_is_open(prompt)), watch)
 
-    def _tokens(self, ids: Sequence[int], settings: Settings, limit: int) -> Iterator[list[int]]:
-        """New tokens as they are written, the one that ends the turn left out."""
+    def _tokens(self, ids: Sequence[int], settings: Settings, limit: int) -> Iterator[tuple[list[int], bool]]:
+        """New tokens as they are written, the one that ends the turn left out, and whether the limit has cut them off."""
         padded, slots = bucket(len(ids)), bucket(limit)
         tokens = np.zeros((1, padded), np.int32)
         tokens[0, : len(ids)] = ids
@@ -119,8 +103,9 @@ class Chat:
         while True:
             running = _more(self.model, self._layers, running, settings, jnp.minimum(seen + CHUNK, settings.limit))
             count, stopped = int(running.out.lengths[0]), bool(running.out.finish_reason[0])
-            yield [int(token) for token in running.out.tokens[0, seen : count - stopped]]
-            if bool(running.done[0]):
+            done = bool(running.done[0])
+            yield [int(token) for token in running.out.tokens[0, seen : count - stopped]], done and not stopped
+            if done:
                 return
             seen = count
 
@@ -144,6 +129,30 @@ def _more(model: Qwen3, layers: Sequence[Layer] | None, running: Running, settin
     return advance(model, layers, running, settings, until)
 
 
+def _deltas(
+    written: Iterator[tuple[list[int], bool]], characters: _Characters, parser: ThinkingParser, watch: _StopStrings
+) -> Iterator[Delta]:
+    """Tokens as pieces of thought and content, up to a stop string in the content."""
+
+    def shown(pieces: Iterable[Piece]) -> Iterator[Delta]:
+        for piece in pieces:
+            if piece.kind == "thinking":
+                yield Delta(thinking=piece.text)
+            elif text := watch.feed(piece.text):
+                yield Delta(content=text)
+
+    cut = False
+    for tokens, at_limit in written:
+        cut = at_limit
+        for text in characters.feed(tokens):
+            yield from shown(parser.feed(text))
+            if watch.found:
+                return
+    yield from shown([*parser.feed(characters.close()), *parser.close(cut)])
+    if rest := watch.close():
+        yield Delta(content=rest)
+
+
 def default_sampling(config: Mapping[str, Any], thinking: bool | None) -> Sampling:
     """How a checkpoint wants its tokens drawn.
 
@@ -163,23 +172,30 @@ def default_sampling(config: Mapping[str, Any], thinking: bool | None) -> Sampli
     return Sampling(**{name: config[name] for name in names if config.get(name) is not None})
 
 
-def _text(tok: Tokenizer, chunks: Iterator[list[int]]) -> Iterator[str]:
-    """The text of tokens that come in chunks, cut between characters."""
-    held: list[int] = []
-    for chunk in chunks:
-        for token in chunk:
-            held.append(token)
-            text = tok.decode(held, skip_special_tokens=True)
+class _Characters:
+    """The text of tokens, cut between characters."""
+
+    def __init__(self, tok: Tokenizer):
+        self._tok, self._held = tok, list[int]()
+
+    def feed(self, tokens: Sequence[int]) -> Iterator[str]:
+        for token in tokens:
+            self._held.append(token)
+            text = self._tok.decode(self._held, skip_special_tokens=True)
             # A character whose bytes are not all there yet decodes as U+FFFD.
-            if not text.endswith("\ufffd") or len(held) >= _LONGEST_CHARACTER:
-                held = []
+            if not text.endswith("\ufffd") or len(self._held) >= _LONGEST_CHARACTER:
+                self._held = []
                 yield text
-    if held:
-        yield tok.decode(held, skip_special_tokens=True)
+
+    def close(self) -> str:
+        return self._tok.decode(self._held, skip_special_tokens=True) if self._held else ""
 
 
 class _StopStrings:
-    """Passes text on until a stop string stands in it; what may be the beginning of one is held back."""
+    """Passes text on until a stop string stands in it; what may be the beginning of one is held back.
+
+    The one that ends first stops the text, and of those that end together the longest: as if the text came letter by letter.
+    """
 
     def __init__(self, stop: Sequence[str]):
         if isinstance(stop, str) or not all(isinstance(word, str) and word for word in stop):
@@ -188,10 +204,10 @@ class _StopStrings:
 
     def feed(self, text: str) -> str:
         self._held += text
-        ends = [at for word in self._stop if (at := self._held.find(word)) >= 0]
-        if ends:
+        found = [(at + len(word), at) for word in self._stop if (at := self._held.find(word)) >= 0]
+        if found:
             self.found = True
-            return self._held[: min(ends)]
+            return self._held[: min(found)[1]]
         most = max((len(word) for word in self._stop), default=1) - 1
         keep = next((n for n in range(min(most, len(self._held)), 0, -1) if self._may_begin(self._held[-n:])), 0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
