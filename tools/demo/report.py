@@ -1,9 +1,12 @@
-"""What the demo shows: a curve in the terminal and as PNG, and the load of each expert."""
+"""What the demo shows: a curve in the terminal and as PNG, the load of each expert, what was written, and the verdicts."""
 
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from rich import box
+from rich.markup import escape
+from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -11,6 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 BARS = " ▁▂▃▄▅▆▇█"
+PANEL_LINES = 9
 
 
 def terminal_curve(losses: list[float], width: int = 72, height: int = 5) -> Text:
@@ -35,7 +39,8 @@ def load_table(load: np.ndarray, layers: list[int]) -> Table:
         layers: the index in the network of each MoE layer.
     """
     experts = load.shape[1]
-    table = Table(title=f"expert load, % of rows (even: {100 / experts:.1f})", title_justify="left", padding=(0, 1))
+    title = f"expert load, % of rows (even: {100 / experts:.1f})"
+    table = Table(title=title, title_justify="left", padding=(0, 1), box=box.SIMPLE_HEAD, show_edge=False)
     table.add_column("layer", justify="right")
     for expert in range(experts):
         table.add_column(f"e{expert}", justify="right")
@@ -43,6 +48,17 @@ def load_table(load: np.ndarray, layers: list[int]) -> Table:
     for layer, row in zip(layers, load, strict=True):
         table.add_row(str(layer), *(f"{100 * share:.0f}" for share in row), f"{row.max() * experts:.2f}")
     return table
+
+
+def answer_panel(name: str, text: str) -> Panel:
+    """What one mode wrote, its blank lines left out, as many of the rest as fit three panels beside the rest of the screen."""
+    lines = "\n".join(line for line in text.splitlines() if line.strip())
+    return Panel(escape(lines), title=name, title_align="left", border_style="green", height=PANEL_LINES)
+
+
+def verdict_line(verdicts: dict[str, bool]) -> str:
+    """Each verdict behind its yes or NO, in rich's markup."""
+    return "   ".join(f"{'[green]yes' if held else '[red]NO'}[/] {name}" for name, held in verdicts.items())
 
 
 def save_picture(losses: list[float], held_out: list[tuple[int, float]], load: np.ndarray, path: Path) -> None:
