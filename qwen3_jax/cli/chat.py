@@ -48,12 +48,15 @@ def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, args=argv, prog="qwen3-jax chat")
     if options.thinking_budget is not None and options.thinking == "off":
         raise ValueError("thinking_budget and no thinking contradict each other: accepted is one of them")
-
-    from rich.console import Console
+    if options.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {options.max_new_tokens}: accepted is an integer >= 1")
 
     from qwen3_jax import Chat, Sampling, from_pretrained, load_tokenizer
+    from qwen3_jax.cli.text import is_text, make_console
 
-    console = Console(highlight=False)
+    if options.system is not None and not is_text(options.system):
+        raise ValueError(f"system: {options.system!r} holds bytes that are no UTF-8: accepted is text")
+    console = make_console()
     tok = load_tokenizer(options.model)
     chat = Chat(from_pretrained(options.model, dtype=options.dtype), tok)
     thinking, sampling = {"auto": None, "on": True, "off": False}[options.thinking], None
@@ -75,6 +78,8 @@ def main(argv: Sequence[str]) -> int:
             return 0
         if line == "/clear":
             messages = list(opening)
+        elif not is_text(line):
+            console.print("[dim]that line holds bytes that are no UTF-8: accepted is text[/]")
         elif line in ("/think", "/no_think"):
             thinking = line == "/think"
             console.print(f"[dim]thinking {'on' if thinking else 'off'}[/]")
@@ -93,19 +98,21 @@ def _answer(
     Returns:
         Its content, as far as it came.
     """
+    from qwen3_jax.cli.text import write
+
     content, thought = [], False
     stream = chat.stream(messages, thinking, sampling, max_new_tokens=limit, seed=seed)
     try:
         for delta in stream:
             if delta.thinking:
                 thought = True
-                console.print(delta.thinking, end="", style="dim", markup=False, soft_wrap=True)
+                write(console, delta.thinking, dim=True)
             else:
                 if thought:
                     console.print("\n")
                     thought = False
                 content.append(delta.content)
-                console.print(delta.content, end="", markup=False, soft_wrap=True)
+                write(console, delta.content)
     except KeyboardInterrupt:
         console.print("\n[dim]stopped[/]", end="")
     console.print()

@@ -45,13 +45,17 @@ def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, args=argv, prog="qwen3-jax generate")
     if not options.prompts or not all(options.prompts):
         raise ValueError("prompts: accepted is at least one, none of them empty")
+    if options.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {options.max_new_tokens}: accepted is an integer >= 1")
 
     import jax
     import numpy as np
-    from rich.console import Console
-    from rich.markup import escape
 
     from qwen3_jax import Sampling, from_pretrained, generate, load_tokenizer
+    from qwen3_jax.cli.text import is_text, make_console, write
+
+    if wrong := next((prompt for prompt in options.prompts if not is_text(prompt)), None):
+        raise ValueError(f"prompts: {wrong!r} holds bytes that are no UTF-8: accepted is text")
 
     tok = load_tokenizer(options.model)
     model = from_pretrained(options.model, dtype=options.dtype)
@@ -69,8 +73,9 @@ def main(argv: Sequence[str]) -> int:
         stop_tokens=tok.stop_token_ids,
         samples=options.samples,
     )
-    console = Console(highlight=False)
+    console = make_console()
     for number, (ids, length) in enumerate(zip(np.asarray(out.tokens), np.asarray(out.lengths), strict=True)):
         text = tok.decode(ids[:length], skip_special_tokens=True)
-        console.print(f"[dim]{escape(options.prompts[number // options.samples])}[/]{escape(text)}", soft_wrap=True)
+        write(console, options.prompts[number // options.samples], dim=True)
+        write(console, f"{text}\n")
     return 0

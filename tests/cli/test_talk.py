@@ -1,15 +1,21 @@
 """`qwen3-jax generate` and `chat` as processes: what a person types and sees."""
 
+import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
 from qwen3_jax import from_pretrained, generate, load_tokenizer
+from qwen3_jax.chat.session import Delta
+from qwen3_jax.cli.chat import _answer
 from tests.chat.tiny import write_checkpoint
 
 COMMAND = [sys.executable, "-m", "qwen3_jax.cli.main"]
@@ -36,7 +42,7 @@ def test_generate_continues_each_prompt(model):
             from_pretrained(model), jnp.asarray([tok.encode(prompt)]), max_new_tokens=9, stop_tokens=tok.stop_token_ids
         )
         wanted = prompt + tok.decode(out.tokens[0, : out.lengths[0]], skip_special_tokens=True)
-        assert "".join(wanted.split()) in "".join(done.stdout.split())
+        assert wanted in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -46,12 +52,71 @@ def test_generate_continues_each_prompt(model):
         (["generate", "{model}", ""], "prompts: accepted is at least one"),
         (["generate", "{model}/nowhere", "a"], "nowhere"),
         (["chat", "{model}", "--thinking-budget", "3", "--thinking", "off"], "contradict each other"),
+        (["generate", "{model}", "a", "--max-new-tokens", "0"], "max_new_tokens is 0: accepted is an integer >= 1"),
+        (["chat", "{model}", "--max-new-tokens", "-5"], "max_new_tokens is -5: accepted is an integer >= 1"),
+        (["generate", "{model}", "a\udcff"], r"prompts: 'a\udcff' holds bytes that are no UTF-8: accepted is text"),
+        (["chat", "{model}", "--system", "\udcff"], r"system: '\udcff' holds bytes that are no UTF-8: accepted is text"),
         (["serve"], "unknown command 'serve'"),
     ],
 )
 def test_bad_input_is_one_line(model, words, says):
     done = run(*[word.format(model=model) for word in words])
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_settings_of_a_wrong_type_are_one_line(model, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    (copy / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    done = run("generate", str(copy), "a")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "generation_config.json: eos_token_id is 'x': accepted is an id or a list of ids" in done.stderr
+
+
+# All that a console might take for its own: emoji, markup, tabs, control characters, backslashes, line ends of both kinds.
+ODD = "a\tb :x: [:x:1] [bold]c[/] [/] \\[d] e\\ \r\n\x07\x1b[31m é🙂\u2028 " + "long " * 100 + "\\"
+
+
+@pytest.mark.parametrize("color", [False, True])
+def test_a_model_s_text_reaches_standard_output_byte_for_byte(monkeypatch, color):
+    for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    content = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(content, "utf-8", newline=""), force_terminal=color, color_system="standard")
+    if not color:
+        console = Console(file=console.file)
+
+    class Says:
+        def stream(self, *args, **options):
+            yield Delta(thinking=ODD[:20])
+            yield Delta(thinking=ODD[20:])
+            yield from (Delta(content=letter) for letter in ODD)
+
+    chat: Any = Says()
+    said = _answer(chat, [], console, thinking=None, sampling=None, limit=9, seed=0)
+    assert said == ODD
+    thought = f"\x1b[2m{ODD[:20]}\x1b[0m\x1b[2m{ODD[20:]}\x1b[0m" if color else ODD
+    assert content.getvalue() == f"{thought}\n\n{ODD}\n".encode()
+
+
+def test_generate_writes_prompt_and_text_byte_for_byte(model):
+    done = subprocess.run(
+        [*COMMAND, "generate", str(model), ODD, "--max-new-tokens", "5"], env=ENVIRONMENT, capture_output=True, timeout=300
+    )
+    tok = load_tokenizer(model)
+    out = generate(from_pretrained(model), jnp.asarray([tok.encode(ODD)]), max_new_tokens=5, stop_tokens=tok.stop_token_ids)
+    text = tok.decode(out.tokens[0, : out.lengths[0]], skip_special_tokens=True)
+    assert done.stdout == f"{ODD}{text}\n".encode()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii:surrogateescape"])
+def test_a_line_that_is_no_text_is_refused_and_the_chat_goes_on(model, encoding):
+    command = [*COMMAND, "chat", str(model), "--max-new-tokens", "3"]
+    lines = b"re\xffad\n/no_think\n/exit\n"
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, env=environment, input=lines, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert b"that line holds bytes that are no UTF-8: accepted is text" in done.stdout and b"thinking off" in done.stdout
 
 
 def test_chat_thinks_by_budget_and_switches(model):
