@@ -50,10 +50,10 @@ def pieces(outer: int, inner: int, itemsize: int) -> int:
 
 def _spans(group_sizes: Int32[Array, " G"], rows: int) -> tuple[Array, Array, Array, Array]:
     """Lists the groups that have rows first, the first and past-the-last row of every group, and how many have rows."""
-    ends = jnp.minimum(jnp.cumsum(group_sizes), rows)
-    starts = jnp.minimum(ends, jnp.cumsum(group_sizes) - group_sizes)
+    ends = jnp.minimum(jnp.cumsum(group_sizes, dtype=jnp.int32), rows)
+    starts = jnp.minimum(ends, jnp.cumsum(group_sizes, dtype=jnp.int32) - group_sizes)
     used = ends > starts
-    return jnp.argsort(~used, stable=True), starts, ends, jnp.sum(used, dtype=jnp.int32)
+    return jnp.argsort(~used, stable=True).astype(jnp.int32), starts, ends, jnp.sum(used, dtype=jnp.int32)
 
 
 def _each_block(start: Array, end: Array, rows: int, block: int, step: Callable, carry: Array) -> Array:
@@ -99,7 +99,8 @@ def grouped_matmul(
     wide = jnp.promote_types(lhs.dtype, jnp.float32)
     order, starts, ends, used = _spans(group_sizes, rows)
     stack = rhs if layer is not None else rhs[None]
-    layer = jnp.int32(0) if layer is None else layer
+    zero = jnp.int32(0)
+    layer = zero if layer is None else layer
 
     # Cut along n only where its slices are contiguous.
     count = pieces(outer, inner, lhs.dtype.itemsize) if block == 1 and transpose_rhs else 1
@@ -107,7 +108,8 @@ def grouped_matmul(
 
     def one_piece(i: Array, out: Array) -> Array:
         group, column = order[i // count], i % count * (outer // count)
-        matrix = jax.lax.dynamic_slice(stack, (layer, group, column if transpose_rhs else 0, 0), (1, 1, *size))
+        place = (layer, group, column if transpose_rhs else zero, zero)
+        matrix = jax.lax.dynamic_slice(stack, place, (1, 1, *size))
         matrix = matrix[0, 0].astype(lhs.dtype)
 
         def step(first: Array, mask: Array, out: Array) -> Array:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
@@ -25,8 +26,9 @@ class Places:
         cos, sin: [B, T, H] float32, the rotation of each token (qwen3_jax.model.rope).
         slots: [B, T] int32, each token's index along the key axis: what causality and the window are measured in.
         segments: [B, T] int32, each token's document, 0 for padding.
-        key_segments: [B, S] int32, the document of every key slot; `segments` itself without a cache.
+        key_segments: [B, S] int32, the document of every key slot that is attended to; `segments` itself without a cache.
         starts: [B] int32, the slot that each row's first token is written to.
+        fresh: the cache was empty: the tokens attend to each other, and its slots are written but not read.
     """
 
     cos: Any
@@ -35,6 +37,7 @@ class Places:
     segments: Any
     key_segments: Any
     starts: Any
+    fresh: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
 
 class Attention(nnx.Module):
@@ -80,6 +83,7 @@ class Attention(nnx.Module):
         v = checkpoint_name(self.v(x), "attention_v").swapaxes(1, 2)
         if cache is not None:
             cache = KeyValues(_written(cache.k, k, layer, places.starts), _written(cache.v, v, layer, places.starts))
+        if cache is not None and not places.fresh:
             k, v = (jax.lax.dynamic_index_in_dim(side, layer, keepdims=False).astype(x.dtype) for side in (cache.k, cache.v))
         out = pallas_kernels.attention(
             q,
@@ -96,15 +100,23 @@ class Attention(nnx.Module):
 def _written(
     stack: Float[Array, "L B K S H"], new: Float[Array, "B K T H"], layer: Int[Array, ""] | int, starts: Int[Array, "B"]
 ) -> Float[Array, "L B K S H"]:
-    """The stack with each row's tokens written at that row's own slot.
+    """The stack with each row's tokens written at that row's own slot; those past its last slot are dropped.
 
     A loop over rows of plain slice updates: the one scatter that says the same needs 8 x the temporary memory on a TPU.
     """
     new = new.astype(stack.dtype)
+    length, slots = new.shape[2], stack.shape[3]
+    zero, layer = jnp.int32(0), jnp.asarray(layer, jnp.int32)
 
     def write(row, stack):
         piece = jax.lax.dynamic_slice_in_dim(new, row, 1, axis=0)[None]
-        return jax.lax.dynamic_update_slice(stack, piece, (layer, row, 0, starts[row], 0))
+        # A slice that would reach past the end is moved back; what it then covers is kept.
+        first = jnp.minimum(starts[row], slots - length)
+        past = starts[row] - first
+        place = (layer, jnp.asarray(row, jnp.int32), zero, first, zero)
+        there = jax.lax.dynamic_slice(stack, place, piece.shape)
+        kept = jnp.arange(length)[:, None] < past
+        return jax.lax.dynamic_update_slice(stack, jnp.where(kept, there, jnp.roll(piece, past, axis=3)), place)
 
     if new.shape[0] == 1:
         return write(0, stack)

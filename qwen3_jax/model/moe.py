@@ -74,7 +74,7 @@ class MoE(nnx.Module):
         """Sort rows by expert, three grouped matmuls, un-sort, weighted sum."""
         flat = experts.reshape(-1)
         order = jnp.argsort(flat)  # stable: equal inputs take equal paths
-        sizes = jnp.bincount(flat, length=self.gate.shape[-3])
+        sizes = jnp.bincount(flat, length=self.gate.shape[-3]).astype(jnp.int32)
         stack_layer = layer if self.gate.ndim == 4 else None
 
         def grouped(rows: Float[Array, "R n"], weight: nnx.Param) -> Float[Array, "R m"]:

@@ -1,11 +1,12 @@
 """Where tokens stand: positions, documents and slots, worked out once per call from what the caller gave.
 
-Padding is segment 0; documents are 1, 2, ... A document is a run of equal segment ids, and its positions begin at 0.
+Padding is segment 0; documents are 1, 2, ... A document is the tokens of one id, wherever padding lies between them, and its
+positions begin at 0. An id does not come back after another document's.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.attention import Places
@@ -19,6 +20,7 @@ def place(
     positions: Int[Array, "B T"] | None,
     segment_ids: Int[Array, "B T"] | None,
     cache: Cache | None,
+    fresh: bool = False,
 ) -> tuple[Places, Int[Array, "B"], Int[Array, "B"]]:
     """Places of the tokens, and where each row stands after them.
 
@@ -28,6 +30,7 @@ def place(
         positions: position of each token in its document; None: counted from the segments, going on from the cache.
         segment_ids: document of each token; None: one document, going on from the cache.
         cache: what the call continues from, or None.
+        fresh: the cache is known to be empty.
 
     Returns:
         The places; the next slot and the next position of each row: just past its last token that is not padding.
@@ -40,36 +43,60 @@ def place(
         segments = jnp.broadcast_to(jnp.maximum(last, 1)[:, None], (batch, length))
     else:
         segments = segment_ids.astype(jnp.int32)
+    real = segments != 0
     index = jnp.arange(length, dtype=jnp.int32)
-    changes = segments[:, 1:] != segments[:, :-1]
-    first = jnp.concatenate([jnp.ones((batch, 1), bool), changes], axis=1)
-    run_start = jax.lax.cummax(jnp.where(first, index, 0), axis=1)
-    counted = index - run_start
-    if cache is not None:
-        # The first run goes on where the cache ended if it is the same document.
-        goes_on = (run_start == 0) & (segments[:, :1] == last[:, None])
-        counted = counted + jnp.where(goes_on, before[:, None], 0)
+    first = _first_of_document(segments, last)
+    counted = _since_first(real, first, before)
     if positions is None:
         positions = counted
-    ends = jnp.concatenate([changes, jnp.ones((batch, 1), bool)], axis=1)
-    run_end = jax.lax.cummin(jnp.where(ends, index, length), axis=1, reverse=True)
-    document_lengths = jnp.take_along_axis(positions, run_end, axis=1) + 1
+    # Each token's document ends, in this call, with the last real token before the next document's first.
+    following = jnp.concatenate([first[:, 1:], jnp.ones((batch, 1), bool)], axis=1)
+    next_first = jax.lax.cummin(jnp.where(following, index, length), axis=1, reverse=True)
+    last_real = jax.lax.cummax(jnp.where(real, index, 0), axis=1)
+    ends = jnp.take_along_axis(last_real, next_first, axis=1)
+    document_lengths = jnp.take_along_axis(positions, ends, axis=1) + 1
 
     slots = starts[:, None] + index
-    if cache is None:
-        key_segments = segments
-    else:
-        write = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (start,)))
-        key_segments = write(cache.segments, segments, starts)
-    real = segments != 0
     used = jnp.where(real, index + 1, 0).max(axis=1)
     next_position = jnp.take_along_axis(positions, jnp.maximum(used - 1, 0)[:, None], axis=1)[:, 0] + 1
     cos, sin = rope_tables(config, positions, document_lengths)
-    places = Places(cos=cos, sin=sin, slots=slots, segments=segments, key_segments=key_segments, starts=starts)
+    places = Places(
+        cos=cos,
+        sin=sin,
+        slots=slots,
+        segments=segments,
+        key_segments=segments if cache is None or fresh else written_segments(cache, segments),
+        starts=starts,
+        fresh=fresh,
+    )
     return places, starts + used, jnp.where(used > 0, next_position, before)
+
+
+def _first_of_document(segments: Int[Array, "B T"], last: Int[Array, "B"]) -> Bool[Array, "B T"]:
+    """Which real tokens open a document: those whose id is not that of the real token before, be it in the cache."""
+    batch, length = segments.shape
+    index = jnp.arange(length, dtype=jnp.int32)
+    so_far = jax.lax.cummax(jnp.where(segments != 0, index, -1), axis=1)
+    before = jnp.concatenate([jnp.full((batch, 1), -1, jnp.int32), so_far[:, :-1]], axis=1)
+    id_before = jnp.where(before < 0, last[:, None], jnp.take_along_axis(segments, jnp.maximum(before, 0), axis=1))
+    return (segments != 0) & (segments != id_before)
+
+
+def _since_first(real: Bool[Array, "B T"], first: Bool[Array, "B T"], before: Int[Array, "B"]) -> Int[Array, "B T"]:
+    """Real tokens between each token and its document's first, which goes on from the cache where none opens here."""
+    number = jnp.cumsum(real, axis=1, dtype=jnp.int32) - real
+    opened = jax.lax.cummax(jnp.where(first, number, -1), axis=1)
+    return jnp.where(opened < 0, before[:, None] + number, number - opened)
 
 
 def _last_segment(cache: Cache) -> Int[Array, "B"]:
     """The document that each row ends with; 0 where the row is empty."""
     last = jnp.take_along_axis(cache.segments, jnp.maximum(cache.lengths - 1, 0)[:, None], axis=1)[:, 0]
     return jnp.where(cache.lengths > 0, last, 0)
+
+
+def written_segments(cache: Cache, segments: Int[Array, "B T"]) -> Int[Array, "B S"]:
+    """The documents of the cache's slots after these tokens; a slot past its end takes nothing."""
+    slots = cache.lengths[:, None] + jnp.arange(segments.shape[1], dtype=jnp.int32)
+    rows = jnp.arange(segments.shape[0], dtype=jnp.int32)[:, None]
+    return cache.segments.at[rows, slots].set(segments, mode="drop")

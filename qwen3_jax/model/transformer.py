@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -17,7 +18,7 @@ from qwen3_jax.model.cache import Cache, KeyValues
 from qwen3_jax.model.embed import Embed
 from qwen3_jax.model.norm import RMSNorm
 from qwen3_jax.model.param import ExpertParam
-from qwen3_jax.model.places import place
+from qwen3_jax.model.places import place, written_segments
 from qwen3_jax.model.remat import rematerialised
 
 Carry = tuple[jax.Array, KeyValues | None]
@@ -111,6 +112,7 @@ class Qwen3(nnx.Module):
         cache: Cache | None = None,
         output: Literal["logits", "hidden"] = "logits",
         *,
+        fresh: bool = False,
         remat: str = "none",
         layers: Sequence[Layer] | None = None,
     ) -> Output:
@@ -120,10 +122,13 @@ class Qwen3(nnx.Module):
             tokens: words, 0 <= token < V.
             positions: position of each token within its document; by default they restart in each segment and go on from
                 the cache.
-            segment_ids: document of each token, int32, 0 is padding; by default all of a row is one document.
+            segment_ids: document of each token, int32, 0 is padding, which may lie anywhere; by default all of a row is one
+                document. An id does not come back in a row after another document's.
             cache: keys and values to continue from. Each row's tokens are written at its own length, and its length then
-                stands just past its last token that is not padding. There must be room for T more slots in every row.
+                stands just past its last token that is not padding. There must be room for all of these: under jit, where
+                lengths are not known, tokens past a row's last slot are dropped from the cache.
             output: "hidden" leaves the logits out.
+            fresh: the cache is empty: attention then reads the call's own keys, T instead of the cache's S.
             remat: what the backward pass keeps (qwen3_jax.model.remat).
             layers: the layers one by one instead of this model's stacks (qwen3_jax.generation.unstack makes them).
 
@@ -133,8 +138,8 @@ class Qwen3(nnx.Module):
         Raises:
             ValueError: inputs of wrong rank, dtype or shape, a cache with too few slots, an unknown output or policy.
         """
-        _check_inputs(self.config, tokens, positions, segment_ids, cache, output)
-        places, lengths, next_positions = place(self.config, tokens, positions, segment_ids, cache)
+        _check_inputs(self.config, tokens, positions, segment_ids, cache, output, fresh)
+        places, lengths, next_positions = place(self.config, tokens, positions, segment_ids, cache, fresh)
         x = self.embed(tokens, self.dtype)
         carry: Carry = (x, None if cache is None else KeyValues(cache.k, cache.v))
         if layers is None:
@@ -151,7 +156,7 @@ class Qwen3(nnx.Module):
             cache = Cache(
                 k=key_values.k,
                 v=key_values.v,
-                segments=places.key_segments,
+                segments=written_segments(cache, places.segments),
                 lengths=lengths,
                 positions=next_positions,
             )
@@ -217,12 +222,15 @@ def _check_inputs(
     segment_ids: jax.Array | None,
     cache: Cache | None,
     output: str,
+    fresh: bool,
 ) -> None:
     if output not in ("logits", "hidden"):
         raise ValueError(f"output={output!r}: accepted are 'logits' and 'hidden'")
     for name, array in (("tokens", tokens), ("positions", positions), ("segment_ids", segment_ids)):
         if array is None:
             continue
+        if not isinstance(array, jax.Array | np.ndarray):
+            raise ValueError(f"{name} is a {type(array).__name__}: accepted is an array of integers [B, T]")
         if array.ndim != 2 or not jnp.issubdtype(array.dtype, jnp.integer):
             raise ValueError(f"{name} must be integers [B, T], found {array.dtype}{list(array.shape)}")
         if array.shape != tokens.shape:
@@ -230,14 +238,26 @@ def _check_inputs(
     batch, length = tokens.shape
     if length == 0:
         raise ValueError("tokens has no columns: a call needs at least one token per row")
+    if segment_ids is not None and not isinstance(segment_ids, jax.core.Tracer):
+        _check_segments(np.asarray(segment_ids))
     if cache is not None:
         if cache.k.shape[1] != batch:
             raise ValueError(f"the cache has {cache.k.shape[1]} rows, tokens {batch}")
-        room = cache.capacity
-        if not isinstance(cache.lengths, jax.core.Tracer):
-            room -= int(cache.lengths.max())
-        if length > room:
-            raise ValueError(f"{length} tokens do not fit the cache: {room} of its {cache.capacity} slots are free")
+        if fresh and not isinstance(cache.lengths, jax.core.Tracer) and np.asarray(cache.lengths).any():
+            raise ValueError(
+                f"fresh=True and the cache's rows hold {np.asarray(cache.lengths).tolist()} tokens: accepted is none"
+            )
+        if length > cache.capacity:
+            raise ValueError(f"{length} tokens do not fit the cache: it has {cache.capacity} slots per row")
+        if not isinstance(cache.lengths, jax.core.Tracer) and not isinstance(segment_ids, jax.core.Tracer):
+            real = np.ones(tokens.shape, bool) if segment_ids is None else np.asarray(segment_ids) != 0
+            lacking = np.asarray(cache.lengths) + np.where(real, np.arange(1, length + 1), 0).max(axis=1) - cache.capacity
+            if lacking.max() > 0:
+                row = int(lacking.argmax())
+                raise ValueError(
+                    f"row {row} of the tokens does not fit the cache: {lacking[row]} more than the "
+                    f"{cache.capacity - int(cache.lengths[row])} of its {cache.capacity} slots that are free"
+                )
     chunked = config.dual_chunk_attention_config
     if chunked is not None:
         reach = length if cache is None else cache.capacity
@@ -246,4 +266,17 @@ def _check_inputs(
             raise ValueError(
                 f"{reach} slots with dual_chunk_attention_config: up to chunk_size - local_size = {whole} it equals plain "
                 "attention and is served; longer needs dual chunk attention, which is not built yet"
+            )
+
+
+def _check_segments(segments: np.ndarray) -> None:
+    """Refuse ids that come back: attention would join what positions hold apart."""
+    if segments.min() < 0:
+        raise ValueError(f"segment_ids has {segments.min()}: accepted are 0 for padding, and documents from 1")
+    for row, ids in enumerate(segments):
+        real = ids[ids != 0]
+        opened = real[np.flatnonzero(np.diff(real, prepend=0))]
+        if len(set(opened.tolist())) < len(opened):
+            raise ValueError(
+                f"segment_ids of row {row}: an id comes back after another document's: accepted are runs of equal ids"
             )

@@ -1,13 +1,18 @@
 """The same text gives the same logits however it is laid out: whole, in chunks, token by token, padded, packed."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_jax import init_cache
+from qwen3_jax.config import RopeScaling
 from tests.model.models import CONFIGS, random_model, random_tokens
 
 NAMES = sorted(CONFIGS)
@@ -87,6 +92,98 @@ def test_packed_documents_do_not_see_each_other(lengths, seed, pad):
         np.testing.assert_allclose(out.logits[0, at : at + size], alone.logits[0, :size], **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["moe", "sliding"])
+def test_padding_within_a_document_is_passed_over(name):
+    """A ragged batch's next turn comes padded on the left: positions go on, whatever lies between."""
+    model, text = random_model(name), random_tokens(1, 14)
+    whole = run(model, text).logits[0]
+    if name != "sliding":  # a window is measured in slots, padding among them
+        gaps = jnp.zeros((1, 20), jnp.int32).at[0, 2:7].set(text[0, :5]).at[0, 10:19].set(text[0, 5:])
+        real = np.zeros((1, 20), np.int32)
+        real[0, 2:7] = real[0, 10:19] = 1
+        out = run(model, gaps, segment_ids=jnp.asarray(real), cache=init_cache(model, 1, 32))
+        np.testing.assert_allclose(out.logits[0, real[0] > 0], whole, **CLOSE)
+        np.testing.assert_array_equal(out.cache.positions, [14])
+    first = run(model, text[:, :5], cache=init_cache(model, 1, 32))
+    padded = jnp.pad(text[:, 5:], ((0, 0), (3, 0)))
+    real = (jnp.arange(12) >= 3).astype(jnp.int32)[None]
+    rest = run(model, padded, segment_ids=real, cache=first.cache)
+    if name != "sliding":
+        np.testing.assert_allclose(rest.logits[0, 3:], whole[5:], **CLOSE)
+    np.testing.assert_array_equal(rest.cache.lengths, [17])
+    np.testing.assert_array_equal(rest.cache.positions, [14])
+
+
+def test_ids_that_come_back_are_refused():
+    for ids in ([1, 1, 2, 2, 1, 0], [1, 0, 2, 0, 0, 1], [-1, 1, 1, 1, 1, 1]):
+        with pytest.raises(ValueError, match=r"an id comes back|segment_ids has -1"):
+            random_model("dense")(random_tokens(1, 6), segment_ids=jnp.asarray([ids], jnp.int32))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fresh_cache_is_not_read(name):
+    model, text = random_model(name), random_tokens(2, 9)
+    real = jnp.asarray([[1] * 9, [0] * 2 + [1] * 5 + [0] * 2], jnp.int32)
+    plain = run(model, text, segment_ids=real, cache=init_cache(model, 2, 64))
+
+    @jax.jit
+    def fresh(model, text, cache):
+        return model(text, segment_ids=real, cache=cache, fresh=True)
+
+    found = fresh(model, text, init_cache(model, 2, 64))
+    np.testing.assert_allclose(found.logits, plain.logits, **CLOSE)
+    for one, other in zip(jax.tree.leaves(found.cache), jax.tree.leaves(plain.cache), strict=True):
+        np.testing.assert_allclose(one, other, **CLOSE)
+    scores = r"f32\[2,2,2,9,64\]"  # B, K, N/K, T, S
+    text_of = str(jax.make_jaxpr(fresh)(model, text, init_cache(model, 2, 64)))
+    assert not re.search(scores, text_of)
+    assert re.search(scores, str(jax.make_jaxpr(jitted)(model, text, dict(cache=init_cache(model, 2, 64)))))
+
+
+def test_what_does_not_fit_is_dropped_under_jit():
+    """Where lengths are not known, a full row keeps what it has, and other rows what they get."""
+    model, text = random_model("moe"), random_tokens(2, 12)
+    full = run(
+        model, text[:, :8], segment_ids=jnp.asarray([[1] * 8, [1] * 5 + [0] * 3], jnp.int32), cache=init_cache(model, 2, 8)
+    )
+    idle = run(model, text[:, 8:10], segment_ids=jnp.asarray([[0, 0], [1, 1]], jnp.int32), cache=full.cache)
+    np.testing.assert_array_equal(idle.cache.segments, [[1] * 8, [1] * 7 + [0]])
+    np.testing.assert_array_equal(idle.cache.lengths, [8, 7])
+    np.testing.assert_array_equal(idle.cache.k[:, 0], full.cache.k[:, 0])
+    np.testing.assert_array_equal(idle.cache.k[:, 1, :, :5], full.cache.k[:, 1, :, :5])
+    over = run(model, text[:, 8:10], cache=idle.cache)
+    np.testing.assert_array_equal(over.cache.k[:, 0], full.cache.k[:, 0])
+    np.testing.assert_array_equal(over.cache.k[:, 1, :, :7], idle.cache.k[:, 1, :, :7])
+    assert not np.array_equal(over.cache.k[:, 1, :, 7], idle.cache.k[:, 1, :, 7])  # the first of the two found room
+
+
+SCALED = {
+    "linear": RopeScaling(kind="linear", factor=3.0),
+    "yarn": RopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=8),
+    "llama3": RopeScaling(
+        kind="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8
+    ),
+    "dynamic": RopeScaling(kind="dynamic", factor=2.0),
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_chunks_with_scaled_rope(kind):
+    """Past the original length too; "dynamic" alone rotates by the length so far, and what is cached keeps its rotation."""
+    config = dataclasses.replace(CONFIGS["dense"], rope_scaling=SCALED[kind], max_position_embeddings=8)
+    graph, params = nnx.split(random_model("dense"), nnx.Param)
+    model = nnx.merge(graph, params)
+    model.config = config
+    tokens = random_tokens(1, 12)
+    whole = run(model, tokens)
+    first = run(model, tokens[:, :6], cache=init_cache(model, 1, 16))
+    rest = run(model, tokens[:, 6:], cache=first.cache)
+    if kind == "dynamic":
+        assert np.abs(rest.logits - whole.logits[:, 6:]).max() > 1e-3
+    else:
+        np.testing.assert_allclose(rest.logits, whole.logits[:, 6:], **CLOSE)
+
+
 def test_segments_carry_over_chunks():
     """A document cut by a chunk's edge goes on; the next begins at position 0 and sees nothing of it."""
     model, first, second = random_model("moe"), random_tokens(1, 7, 1), random_tokens(1, 6, 2)
@@ -130,7 +227,11 @@ def test_bad_inputs_are_refused_by_name(tokens, options, says):
 def test_a_cache_without_room_is_refused():
     model = random_model("dense")
     out = run(model, random_tokens(2, 5), cache=init_cache(model, 2, 6))
-    with pytest.raises(ValueError, match="1 of its 6 slots are free"):
+    with pytest.raises(ValueError, match="row 0 of the tokens does not fit the cache: 1 more than the 1 of its 6 slots"):
         model(random_tokens(2, 2), cache=out.cache)
+    with pytest.raises(ValueError, match="7 tokens do not fit the cache: it has 6 slots"):
+        model(random_tokens(2, 7), cache=out.cache)
+    with pytest.raises(ValueError, match=r"fresh=True and the cache's rows hold \[5, 5\] tokens"):
+        model(random_tokens(2, 1), cache=out.cache, fresh=True)
     with pytest.raises(ValueError, match="the cache has 2 rows, tokens 3"):
         model(random_tokens(3, 1), cache=out.cache)
