@@ -15,18 +15,23 @@ def cross_entropy(
 
     Args:
         logits: float32; `logits[:, t]` predicts `labels[:, t]` (the caller shifts).
-        labels: the words, 0 <= label < V.
+        labels: the words, 0 <= label < V; a negative one (-100 on Hugging Face) leaves its token out.
         mask: weight of each token, 0 leaves it out; all count when None.
         z_loss: weight of the squared log of the softmax's normaliser (PaLM, arXiv 2204.02311, section 5).
 
     Returns:
-        A scalar in nats per token; 0 when no token counts.
+        A scalar in nats per token: the weighted mean; 0 when no token counts.
+
+    Raises:
+        ValueError: labels or a mask of another shape than the logits' tokens.
     """
+    _check_tokens("logits", logits.shape[:-1], labels=labels, mask=mask)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
     loss = normaliser - chosen + z_loss * jnp.square(normaliser)
     weights = jnp.ones_like(loss) if mask is None else mask.astype(loss.dtype)
-    return (loss * weights).sum() / jnp.maximum(weights.sum(), 1.0)
+    weights = jnp.where(labels < 0, 0, weights)
+    return (loss * weights).sum() / _at_least_something(weights.sum())
 
 
 def load_balancing_loss(
@@ -49,19 +54,31 @@ def load_balancing_loss(
         A scalar, without its coefficient; 0 for a model without MoE layers.
 
     Raises:
-        ValueError: router logits of another number of experts.
+        ValueError: router logits of another number of experts, more experts per token than there are, a mask of another shape.
     """
     layers, batch, length, experts = router.shape
     if layers == 0:
         return jnp.zeros((), jnp.float32)
-    if experts != num_experts:
-        raise ValueError(f"router logits are for {experts} experts, num_experts={num_experts}")
+    if experts != num_experts or top_k > experts:
+        raise ValueError(f"router logits are for {experts} experts; num_experts={num_experts}, top_k={top_k}")
+    _check_tokens("router logits", (batch, length), mask=mask)
     probabilities = jax.nn.softmax(router.astype(jnp.float32), axis=-1)
     _, chosen = jax.lax.top_k(probabilities, top_k)
     weights = jnp.ones((batch, length), jnp.float32) if mask is None else mask.astype(jnp.float32)
     weights = jnp.broadcast_to(weights, (layers, batch, length))
-    rows = jnp.maximum(weights.sum(), 1.0)
+    rows = _at_least_something(weights.sum())
     spread = jnp.broadcast_to(weights[..., None], chosen.shape)
     share = jnp.zeros((num_experts,), jnp.float32).at[chosen.reshape(-1)].add(spread.reshape(-1)) / rows
     mean = jnp.einsum("lbte,lbt->e", probabilities, weights) / rows
     return num_experts * (share * mean).sum()
+
+
+def _at_least_something(total: Float[Array, ""]) -> Float[Array, ""]:
+    """A sum of weights to divide by; 1 where nothing counts."""
+    return jnp.where(total == 0, 1, total)
+
+
+def _check_tokens(of: str, shape: tuple[int, ...], **arrays: jax.Array | None) -> None:
+    for name, array in arrays.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} is {list(array.shape)}, {of} are of tokens {list(shape)}: the shapes must be equal")

@@ -51,7 +51,9 @@ class Batch:
 
 
 def init_train_state(model: Qwen3, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; its parameters are the model's own arrays.
+    """The state before the first step; its parameters are the model's own arrays, which the first step takes.
+
+    A step donates its state: use `trained_model` afterwards, not the model given here.
 
     Args:
         model: where training begins.

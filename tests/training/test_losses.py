@@ -54,12 +54,25 @@ def test_balance_pools_the_rows_of_all_layers(seed, top_k, masked):
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
+def test_weights_are_relative_and_negative_labels_count_nowhere():
+    logits, labels = jax.random.normal(jax.random.key(0), (1, 4, 5)), jnp.asarray([[1, 2, -100, 3]])
+    mask = jnp.asarray([[0.0, 0.03, 0.5, 0.01]])
+    each = [float(cross_entropy(logits[:, t : t + 1], labels[:, t : t + 1])) for t in range(4)]
+    assert float(cross_entropy(logits, labels, mask)) == pytest.approx((3 * each[1] + each[3]) / 4, rel=1e-5)
+    assert float(cross_entropy(logits, labels)) == pytest.approx((each[0] + each[1] + each[3]) / 3, rel=1e-5)
+    with pytest.raises(ValueError, match=r"mask is \[1, 3\], logits are of tokens \[1, 4\]"):
+        getattr(cross_entropy, "__wrapped__", cross_entropy)(logits, labels, mask[:, :3])  # past the tests' type hook
+    router = jax.random.normal(jax.random.key(1), (2, 1, 4, 6))
+    halves = [float(load_balancing_loss(router, 6, 2, weight * jnp.sign(mask))) for weight in (1.0, 0.01)]
+    assert halves[0] == pytest.approx(halves[1], rel=1e-5)
+
+
 def test_balance_is_top_k_when_even_and_grows_when_not():
     even = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 4096, 8)) * 1e-3, jnp.float32)
     assert float(load_balancing_loss(even, 8, 2)) == pytest.approx(2.0, abs=0.01)
     skewed = even.at[..., 0].add(9.0)
     assert float(load_balancing_loss(skewed, 8, 2)) > 7
-    with pytest.raises(ValueError, match="router logits are for 8 experts, num_experts=4"):
+    with pytest.raises(ValueError, match="router logits are for 8 experts; num_experts=4"):
         load_balancing_loss(even, 4, 2)
 
 
