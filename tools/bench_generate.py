@@ -8,10 +8,12 @@ the two take turns (`--rounds`), and the table gives medians and the ratio (abov
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 PROMPT, NEW = 128, 32
@@ -48,6 +50,7 @@ def measure_ours(name: str, dtype: str, repeats: int) -> dict[str, list[float]]:
     import jax.numpy as jnp
 
     from qwen3_jax import generate, init_cache
+    from qwen3_jax.generation.unstack import views
     from qwen3_jax.parallel.abstract import abstract_model
 
     shapes, kind = abstract_model(config_of(name), dtype=jnp.dtype(dtype)), jnp.dtype(dtype)
@@ -55,9 +58,14 @@ def measure_ours(name: str, dtype: str, repeats: int) -> dict[str, list[float]]:
     block = 0.02 * jax.random.normal(jax.random.key(0), (1 << 20,), kind)
     model = jax.tree.map(lambda leaf: jnp.resize(block, leaf.shape), shapes)
     tokens = jax.random.randint(jax.random.key(1), (1, PROMPT), 0, 1000)
-    forward = jax.jit(lambda model: model.logits(model(tokens, cache=init_cache(model, 1, 256), output="hidden").hidden[:, -1]))
+
+    @jax.jit
+    def forward(model, layers):
+        seen = model(tokens, cache=init_cache(model, 1, 256), output="hidden", layers=layers)
+        return model.logits(seen.hidden[:, -1])
+
     return timed(
-        lambda: jax.block_until_ready(forward(model)),
+        lambda: jax.block_until_ready(forward(model, views(model))),  # layers one by one, as generate runs them here
         lambda count: jax.block_until_ready(generate(model, tokens, max_new_tokens=count)),
         repeats,
     )
@@ -112,12 +120,20 @@ def timed(forward, run, repeats: int) -> dict[str, list[float]]:
 
 def main(options: Options) -> None:
     """Compare and print the table."""
-    from statistics import median
-
-    from rich.console import Console
+    from rich.live import Live
     from rich.table import Table
 
     table = Table("model", "dtype", "phase", "qwen3_jax", "transformers", "ratio", title="seconds, median")
+    with Live(table, auto_refresh=False) as live:
+        for name, dtype, phase, a, b in compare(options):
+            table.add_row(name, dtype, phase, f"{a:.4f}", f"{b:.4f}", f"{b / a:.2f}")
+            live.refresh()
+
+
+def compare(options: Options) -> Iterator[tuple[str, str, str, float, float]]:
+    """The table's rows, each when it is measured: model, dtype, phase, our seconds, transformers'."""
+    from statistics import median
+
     for name in options.models:
         config = config_of(name).to_hf()
         for dtype in options.dtypes:
@@ -130,13 +146,13 @@ def main(options: Options) -> None:
                 ):
                     with tempfile.NamedTemporaryFile("r") as file:
                         command = [python, __file__, *words, dtype, str(options.repeats), file.name]
-                        subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+                        # An installed libtpu would look for its host's metadata for half a minute.
+                        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+                        subprocess.run(command, check=True, cwd=Path(__file__).parents[1], env=environment)
                         for phase, seconds in json.load(file).items():
                             kept[phase] += seconds
             for phase in ours:
-                a, b = median(ours[phase]), median(theirs[phase])
-                table.add_row(name, dtype, phase, f"{a:.4f}", f"{b:.4f}", f"{b / a:.2f}")
-    Console().print(table)
+                yield name, dtype, phase, median(ours[phase]), median(theirs[phase])
 
 
 if __name__ == "__main__":
