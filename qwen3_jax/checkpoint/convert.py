@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-from qwen3_jax.checkpoint.folder import check_destination, whole_folder
-from qwen3_jax.checkpoint.hf import check_hf_dtypes, hf_order, write_hf
+from qwen3_jax.checkpoint.casting import float_dtype
+from qwen3_jax.checkpoint.folder import check_destination, resolved, whole_folder
+from qwen3_jax.checkpoint.hf import check_hf_dtypes, check_shard_bytes, hf_order, write_hf
 from qwen3_jax.checkpoint.opening import open_weights
-from qwen3_jax.checkpoint.safetensors import CheckpointError
+from qwen3_jax.checkpoint.reading import CheckpointError
 from qwen3_jax.checkpoint.store import write_store
 from qwen3_jax.checkpoint.weights import Checksums, Weights, check_memory, stream, write_beside
 
@@ -28,6 +29,7 @@ class Conversion:
         destination: the folder to be written.
         to: its form.
         dtypes: what each tensor becomes, by its name.
+        hub_dtypes: what tensors are in on the hub, where the native form keeps them in a wider one.
         overwrite: whether `destination` may be replaced.
         max_shard_bytes: of one safetensors file.
     """
@@ -36,6 +38,7 @@ class Conversion:
     destination: Path
     to: Form
     dtypes: Mapping[str, np.dtype]
+    hub_dtypes: Mapping[str, np.dtype]
     overwrite: bool
     max_shard_bytes: float
 
@@ -67,21 +70,17 @@ class Conversion:
         weights, sums = self.weights, Checksums()
         # Layer by layer, as the hub's shards mostly lie, where the destination has no order of its own.
         ordered = hf_order(weights.slots()) if self.to == "hf" else weights.slots()
-        try:
-            with whole_folder(self.destination) as part:
-                blocks = stream(weights, ordered, self.dtypes, "converting")
-                if verify:
-                    blocks = sums.noting(blocks)
-                if self.to == "hf":
-                    write_hf(part, ordered, self.dtypes, blocks, self.max_shard_bytes)
-                else:
-                    by_path = {slot.path: self.dtypes[slot.name] for slot in ordered}
-                    write_store(part, weights.config, by_path, blocks)
-                write_beside(part, weights.config, self.dtypes["model.embed_tokens.weight"], weights.folder)
-                if verify:
-                    sums.compare(open_weights(part))
-        except OSError as error:
-            raise CheckpointError(f"{error.filename or self.destination}: {error.strerror or error}") from error
+        with whole_folder(self.destination, self.overwrite) as part:
+            blocks = stream(weights, ordered, self.dtypes, "converting")
+            if verify:
+                blocks = sums.noting(blocks)
+            if self.to == "hf":
+                write_hf(part, ordered, self.dtypes, blocks, self.max_shard_bytes)
+            else:
+                write_store(part, weights.config, self.dtypes, blocks, self.hub_dtypes)
+            write_beside(part, weights.config, self.dtypes["model.embed_tokens.weight"], weights.folder)
+            if verify:
+                sums.compare(open_weights(part), self.dtypes)
 
 
 def plan_conversion(
@@ -107,21 +106,27 @@ def plan_conversion(
         The conversion.
 
     Raises:
-        CheckpointError: the source is refused; the destination is not empty or holds the source; memory or disk do not suffice.
+        CheckpointError: an argument or the source is refused; the destination is not empty, holds the source or cannot be
+            replaced; memory or disk do not suffice.
         ConfigError: a config.json that is refused.
     """
+    if to not in get_args(Form):
+        raise CheckpointError(f"to is {to!r}: accepted are {' and '.join(map(repr, get_args(Form)))}")
+    check_shard_bytes(max_shard_bytes)
+    wanted = None if dtype is None else float_dtype("dtype", dtype)
     weights = open_weights(source)
-    if source.resolve().is_relative_to(destination.resolve()) and source.resolve() != destination.resolve():
+    here, there = resolved(source), resolved(destination)
+    if here != there and here.is_relative_to(there):
         raise CheckpointError(f"{destination} holds the source {source}: replacing it would remove that")
-    if to == "orbax":
+    dtypes, hub_dtypes = dict(weights.dtypes), {}
+    if wanted is not None:
+        dtypes = dict.fromkeys(dtypes, wanted)
+    elif to == "orbax":
         stacked = weights.stacked_dtypes()
         dtypes = {slot.name: stacked[slot.path] for slot in weights.slots()}
-    else:
-        dtypes = dict(weights.dtypes)
-    if dtype is not None:
-        dtypes = dict.fromkeys(dtypes, np.dtype(dtype))
+        hub_dtypes = {name: kept for name, kept in weights.dtypes.items() if kept != dtypes[name]}
     check_hf_dtypes(dtypes)
-    conversion = Conversion(weights, destination, to, dtypes, overwrite, max_shard_bytes)
+    conversion = Conversion(weights, destination, to, dtypes, hub_dtypes, overwrite, max_shard_bytes)
     check_destination(destination, overwrite, conversion.bytes_written)
     check_memory(f"converting {source}", conversion.bytes_in_memory)
     return conversion

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from qwen3_jax.checkpoint.names import Slot
-from qwen3_jax.checkpoint.safetensors import CheckpointError, Plan, write_file
+from qwen3_jax.checkpoint.reading import CheckpointError
+from qwen3_jax.checkpoint.safetensors import Plan, write_file
 from qwen3_jax.checkpoint.source import FLOATS, find_sources, folder_tensors
 from qwen3_jax.checkpoint.weights import Block, Weights, write_json
 from qwen3_jax.config import Qwen3Config
@@ -66,6 +67,16 @@ def check_hf_dtypes(dtypes: Mapping[str, np.dtype]) -> None:
     for name, dtype in dtypes.items():
         if dtype not in FLOATS:
             raise CheckpointError(f"{name} would be written as {dtype}; accepted are bfloat16, float16 and float32")
+
+
+def check_shard_bytes(given: float) -> None:
+    """Refuse a size that no shard can have.
+
+    Raises:
+        CheckpointError: it is not above 0.
+    """
+    if isinstance(given, bool) or not isinstance(given, int | float) or not given > 0:
+        raise CheckpointError(f"max_shard_bytes is {given!r}: accepted is a number above 0")
 
 
 def write_hf(

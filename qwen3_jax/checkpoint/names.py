@@ -68,12 +68,15 @@ class Slot:
     def block_rows(self) -> int:
         """Leading rows of `shape` that are read, written and chunked together: all, but for an embedding and a head.
 
-        Those are the largest tensors by far (1.2 GB of 235B-A22B's in bfloat16); 151,936 rows can be halved seven times.
+        Those are the largest tensors by far (1.2 GB of 235B-A22B's in bfloat16). 151,936 rows can be halved seven times; where
+        halving does not suffice (151,669 is odd), the last block is shorter than the others.
         """
-        rows = self.shape[0]
-        while not self.index and rows % 2 == 0 and rows * self.size // self.shape[0] > BLOCK:
+        rows, width = self.shape[0], self.size // self.shape[0]
+        if self.index:
+            return rows
+        while rows % 2 == 0 and rows * width > BLOCK:
             rows //= 2
-        return rows
+        return rows if rows * width <= BLOCK else max(1, BLOCK // width)
 
 
 def part_shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:

@@ -13,11 +13,13 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from qwen3_jax.checkpoint.casting import float_dtype
 from qwen3_jax.checkpoint.folder import check_destination, whole_folder
-from qwen3_jax.checkpoint.hf import check_hf_dtypes, hf_order, write_hf
+from qwen3_jax.checkpoint.hf import check_hf_dtypes, check_shard_bytes, hf_order, write_hf
 from qwen3_jax.checkpoint.hub import local_folder
 from qwen3_jax.checkpoint.names import Slot, slots, stacked_shape
 from qwen3_jax.checkpoint.opening import open_weights
+from qwen3_jax.checkpoint.reading import system_errors
 from qwen3_jax.checkpoint.weights import SavesItself, Weights, check_memory, stream, write_beside
 from qwen3_jax.model.transformer import Qwen3
 from qwen3_jax.parallel.abstract import abstract_model
@@ -31,26 +33,30 @@ def from_pretrained(folder: str | PathLike[str], dtype: DTypeLike | None = None,
     Args:
         folder: holds config.json and safetensors, or what `qwen3-jax convert --to orbax` wrote; or a name on the hub,
             "Qwen/Qwen3-0.6B", with the `hub` extra.
-        dtype: of computation; None is bfloat16, float32 on CPU.
-        param_dtype: of storage; None is the file's own, bfloat16 for FP8.
+        dtype: of computation: bfloat16, float16 or float32; None is bfloat16, float32 on CPU.
+        param_dtype: of storage, one of the same; None is the file's own, bfloat16 for FP8.
 
     Returns:
         The model.
 
     Raises:
-        CheckpointError: names the file and tensor, what was found and what is accepted; also when memory does not suffice.
+        CheckpointError: names the file and tensor, or the argument, what was found and what is accepted; also when memory does
+            not suffice.
         ConfigError: a config.json that is refused.
     """
-    weights = open_weights(local_folder(folder))
-    stacked = weights.stacked_dtypes()
-    if param_dtype is not None:
-        stacked = dict.fromkeys(stacked, np.dtype(param_dtype))
-    if jax.default_backend() == "cpu":  # on an accelerator the device decides
-        check_memory(str(folder), sum(slot.size * stacked[slot.path].itemsize for slot in weights.slots()))
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    graph, state = nnx.split(abstract_model(weights.config, dtype=dtype))
-    nnx.replace_by_pure_dict(state, _nested(_filled(weights, stacked)))
+    compute = float_dtype("dtype", dtype)
+    storage = None if param_dtype is None else float_dtype("param_dtype", param_dtype)
+    weights = open_weights(local_folder(folder))
+    stacked = weights.stacked_dtypes()
+    if storage is not None:
+        stacked = dict.fromkeys(stacked, storage)
+    if jax.default_backend() == "cpu":  # on an accelerator the device decides
+        check_memory(str(folder), sum(slot.size * stacked[slot.path].itemsize for slot in weights.slots()))
+    graph, state = nnx.split(abstract_model(weights.config, dtype=compute))
+    with system_errors(folder):
+        nnx.replace_by_pure_dict(state, _nested(_filled(weights, stacked)))
     return nnx.merge(graph, state)
 
 
@@ -108,14 +114,15 @@ def save_pretrained(
         overwrite: replace what stands there.
 
     Raises:
-        CheckpointError: the destination is not empty, its disk too small, or the dtype none of these.
+        CheckpointError: the destination is not empty or cannot be replaced, its disk too small, or an argument refused.
     """
+    check_shard_bytes(max_shard_bytes)
     folder, weights = Path(folder), in_memory(model)
-    dtypes = weights.dtypes if dtype is None else dict.fromkeys(weights.dtypes, np.dtype(dtype))
+    dtypes = weights.dtypes if dtype is None else dict.fromkeys(weights.dtypes, float_dtype("dtype", dtype))
     check_hf_dtypes(dtypes)
     ordered = hf_order(weights.slots())
     check_destination(folder, overwrite, sum(slot.size * dtypes[slot.name].itemsize for slot in ordered))
-    with whole_folder(folder) as part:
+    with whole_folder(folder, overwrite) as part:
         write_hf(part, ordered, dtypes, stream(weights, ordered, dtypes, "writing"), max_shard_bytes)
         write_beside(part, model.config, dtypes["model.embed_tokens.weight"], tokenizer=tokenizer)
 

@@ -17,7 +17,11 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from qwen3_jax.checkpoint.reading import CheckpointError, parse_json, system_errors
+
 MAX_HEADER = 100_000_000  # bytes, the format's own bound
+MAX_SIZE = 2**63  # bytes that no file has
+MAX_AXES = 32
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -31,10 +35,6 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is refused: which file and tensor, what was found, what is accepted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Tensor:
             CheckpointError: the file ends before the tensor does.
         """
         out = np.empty(self.shape, self.dtype)
-        with open(self.file, "rb", buffering=0) as handle:
+        with system_errors(self.file), open(self.file, "rb", buffering=0) as handle:
             handle.seek(self.begin)
             view, got = memoryview(out.reshape(-1).view(np.uint8)), 0
             while got < self.nbytes:
@@ -98,8 +98,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: names the file, and the tensor where one is at fault.
     """
-    size = file.stat().st_size
-    with open(file, "rb") as handle:
+    with system_errors(file), open(file, "rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
         start = handle.read(8)
         if len(start) < 8:
             raise CheckpointError(f"{file}: {size} bytes are no safetensors file")
@@ -108,12 +108,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{file}: its header claims {length} bytes; the file has {size}, the format allows {MAX_HEADER}"
             )
-        try:
-            header = json.loads(handle.read(length).decode("utf-8"), object_pairs_hook=_unique)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, CheckpointError) as error:
-            raise CheckpointError(f"{file}: its header is no JSON object: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: its header is a JSON {type(header).__name__}, not an object")
+        header = parse_json(handle.read(length), f"{file}: its header")
     found = [
         (_tensor(file, name, entry, 8 + length), entry["data_offsets"])
         for name, entry in header.items()
@@ -135,16 +130,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
     return {tensor.name: tensor for tensor, _ in found}
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise CheckpointError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice")
-    return content
-
-
 def _natural(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_SIZE
 
 
 def _tensor(file: Path, name: str, entry: Any, data: int) -> Tensor:
@@ -152,11 +139,11 @@ def _tensor(file: Path, name: str, entry: Any, data: int) -> Tensor:
         raise CheckpointError(f"{file}: {name} must have dtype, shape and data_offsets, found {entry!r:.200}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{file}: {name} has dtype {dtype!r}; read are {', '.join(DTYPES)}")
-    if not isinstance(shape, list) or not all(map(_natural, shape)):
-        raise CheckpointError(f"{file}: {name} has shape {shape!r}; accepted is a list of sizes")
+        raise CheckpointError(f"{file}: {name} has dtype {dtype!r:.200}; read are {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(map(_natural, shape)) or math.prod(shape) >= MAX_SIZE:
+        raise CheckpointError(f"{file}: {name} has shape {shape!r:.200}; accepted is a list of sizes that a file can hold")
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_natural, offsets)) and offsets[0] <= offsets[1]):
-        raise CheckpointError(f"{file}: {name} has data_offsets {offsets!r}; accepted is [begin, end]")
+        raise CheckpointError(f"{file}: {name} has data_offsets {offsets!r:.200}; accepted is [begin, end]")
     return Tensor(file, name, DTYPES[dtype], tuple(shape), data + offsets[0])
 
 

@@ -8,14 +8,17 @@ FP8 blocks with scales.
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
+import re
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
+from qwen3_jax.checkpoint.casting import any_infinite, cast
 from qwen3_jax.checkpoint.names import Slot, slots
-from qwen3_jax.checkpoint.safetensors import CheckpointError, Tensor, read_header
+from qwen3_jax.checkpoint.reading import CheckpointError, check_size, parse_json, system_errors
+from qwen3_jax.checkpoint.safetensors import Tensor, read_header
 from qwen3_jax.config import Qwen3Config
 
 FLOATS = tuple(map(np.dtype, (ml_dtypes.bfloat16, np.float16, np.float32)))
@@ -49,13 +52,19 @@ class Source:
         values = self.tensor.part(first, last).read()
         if self.scale is None:
             return values
-        scale = self.scale.read().astype(np.float32)
+        scale = cast(self.scale.read(), np.dtype(np.float32), self.scale.name)
         wide = values.astype(np.float32)
         rows, columns = self.block
-        for i in range(first // rows, -(-last // rows)):
-            band = wide[max(i * rows - first, 0) : (i + 1) * rows - first]
-            band *= np.repeat(scale[i], columns)[: band.shape[1]]
-        return wide.astype(ml_dtypes.bfloat16)
+        with np.errstate(over="ignore"):  # said below, by name
+            for i in range(first // rows, -(-last // rows)):
+                band = wide[max(i * rows - first, 0) : (i + 1) * rows - first]
+                band *= np.repeat(scale[i], columns)[: band.shape[1]]
+            rounded = wide.astype(self.dtype)
+        if any_infinite(rounded) and np.isinf(rounded).any() and np.isfinite(scale).all():
+            raise CheckpointError(
+                f"{self.tensor.file}: {self.slot.name} times its scales of up to {scale.max():.4g} is more than bfloat16 holds"
+            )
+        return rounded
 
 
 def folder_tensors(folder: Path) -> dict[str, Tensor]:
@@ -76,10 +85,8 @@ def folder_tensors(folder: Path) -> dict[str, Tensor]:
         if not single.is_file():
             raise CheckpointError(f"{folder}: neither model.safetensors nor {index.name} is there")
         return read_header(single)
-    try:
-        weight_map = json.loads(index.read_text("utf-8")).get("weight_map")
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: no JSON object: {error}") from error
+    with system_errors(index):
+        weight_map = parse_json(index.read_bytes(), index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map must be an object of tensor name -> file, found {weight_map!r:.100}")
     found: dict[str, Tensor] = {}
@@ -115,15 +122,15 @@ def find_sources(config: Qwen3Config, tensors: dict[str, Tensor], where: Path) -
     Raises:
         CheckpointError: missing or extra tensors, a wrong shape or dtype.
     """
+    check_size(config, where, len(tensors), sum(math.prod(tensor.shape) for tensor in tensors.values()))
     left = dict(tensors)
     if "embed_tokens.weight" in left:  # saved from the bare backbone
         left = {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in left.items()}
     _split_fused(left, config)
-    if config.tie_word_embeddings:
-        head = left.pop("lm_head.weight", None)
-        if head is not None and head.shape != (config.vocab_size, config.hidden_size):
-            raise CheckpointError(f"{head.file}: lm_head.weight of a tied model has shape {list(head.shape)}")
     wanted = slots(config)
+    if config.tie_word_embeddings and "lm_head.weight" in left:
+        # Redundant: held to what an untied model's would be, then left out with its scale.
+        _source(config, dataclasses.replace(wanted[0], name="lm_head.weight"), left)
     missing = [slot.name for slot in wanted if slot.name not in left]
     if missing:
         raise CheckpointError(f"{where}: {len(missing)} tensors are missing: {_some(missing)}")
@@ -140,7 +147,15 @@ def _some(names: list[str]) -> str:
 def _split_fused(left: dict[str, Tensor], config: Qwen3Config) -> None:
     """Replace fused expert tensors by their parts, named as the hub names experts."""
     e, d, f = config.num_experts, config.hidden_size, config.moe_intermediate_size
-    for name in [name for name in left if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]:
+    fused = [name for name in left if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
+    layers = {name.rsplit(".", 1)[0]: name for name in fused}
+    for name in left if fused else ():
+        single = re.match(r"(.*\.experts)\.\d+\.", name)
+        if single and single[1] in layers:
+            raise CheckpointError(
+                f"{left[name].file}: {name} is of one expert, and {layers[single[1]]} of all in that layer: accepted is either"
+            )
+    for name in fused:
         tensor = left.pop(name)
         prefix, kind = name.rsplit(".", 1)
         shape = (e, 2 * f, d) if kind == "gate_up_proj" else (e, d, f)
@@ -167,12 +182,16 @@ def _source(config: Qwen3Config, slot: Slot, left: dict[str, Tensor]) -> Source:
     if tensor.dtype != FP8 or quantization is None:
         accepted = "bfloat16, float16 and float32" + (", and float8_e4m3 by its quantization_config" if quantization else "")
         raise CheckpointError(f"{tensor.file}: {slot.name} is {tensor.dtype}; accepted are {accepted}")
+    if len(slot.shape) != 2:
+        raise CheckpointError(
+            f"{tensor.file}: {slot.name} is float8 of shape {list(slot.shape)}; float8 is read in 2 dimensions"
+        )
     scale = left.pop(slot.name + SCALE, None)
     if scale is None:
         raise CheckpointError(f"{tensor.file}: {slot.name} is float8 and {slot.name}{SCALE} is missing")
     rows, columns = quantization.weight_block_size
     shape = (-(-slot.shape[0] // rows), -(-slot.shape[1] // columns))
-    if scale.shape != shape or scale.dtype not in FLOATS:
+    if scale.shape != shape or scale.dtype not in (*FLOATS, np.float64):
         raise CheckpointError(
             f"{scale.file}: {scale.name} is {scale.dtype}{list(scale.shape)}; accepted is any float {list(shape)}"
         )

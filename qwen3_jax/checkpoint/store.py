@@ -8,23 +8,27 @@ StandardRestore read it; and what Orbax has written of such a tree, OCDBT or not
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import re
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
-from qwen3_jax.checkpoint.names import Slot, slots, stacked_shape
-from qwen3_jax.checkpoint.safetensors import CheckpointError
+from qwen3_jax.checkpoint.casting import cast, holding
+from qwen3_jax.checkpoint.names import GLOBAL, LAYER, Slot, slots, stacked_shape
+from qwen3_jax.checkpoint.reading import CheckpointError, check_size, parse_json, system_errors
 from qwen3_jax.checkpoint.source import FLOATS
 from qwen3_jax.checkpoint.weights import Block, Weights
 from qwen3_jax.config import Qwen3Config
 
 METADATA = "_METADATA"
+HUB_DTYPES = "hub_dtypes"  # in METADATA's custom_metadata: tensor name -> dtype, of tensors narrower than their array
 IN_FLIGHT = 4  # writes at a time,
 IN_FLIGHT_BYTES = 2**26  # or one, where that alone has more bytes
 
@@ -56,74 +60,98 @@ def open_store(folder: Path) -> Weights:
     """
     config = Qwen3Config.from_hf(folder)
     metadata = _metadata(folder)
-    by_path: dict[str, Slot] = {slot.path: slot for slot in slots(config)}
     there = {".".join(str(key["key"]) for key in entry["key_metadata"]) for entry in metadata["tree_metadata"].values()}
+    context, shorts = _context(), {short for _, short in (*GLOBAL, *LAYER)}
+    arrays = {
+        path: _open(folder, path, _spec(folder, path, metadata), context)
+        for path in sorted(there)
+        if re.sub(r"^segments\.[0-9]+\.blocks\.[0-9]+\.", "", path) in shorts
+    }
+    # Before anything of the config's size is built.
+    layers = sum(array.shape[0] for path, array in arrays.items() if path.startswith("segments.") and array.shape)
+    check_size(config, folder, layers, sum(math.prod(array.shape) for array in arrays.values()))
+    by_path: dict[str, Slot] = {slot.path: slot for slot in slots(config)}
     if missing := sorted(set(by_path) - there):
         raise CheckpointError(f"{folder}: {len(missing)} parameters are missing: {', '.join(missing[:5])}")
     if extra := sorted(there - set(by_path)):
         raise CheckpointError(f"{folder}: {len(extra)} parameters belong to no layer of this config: {', '.join(extra[:5])}")
-    context = _context()
-    opening = {path: ts.open(_spec(folder, path, metadata), open=True, read=True, context=context) for path in by_path}
-    arrays: dict[str, ts.TensorStore] = {}
-    for path, future in opening.items():
-        arrays[path] = array = _result(future, folder, path)
+    for path, array in arrays.items():
         wanted = stacked_shape(by_path[path], config)
         if array.shape != wanted:
             raise CheckpointError(f"{folder}: {path} has shape {list(array.shape)}; the config makes it {list(wanted)}")
         if array.dtype.numpy_dtype not in FLOATS:
             raise CheckpointError(f"{folder}: {path} is {array.dtype.name}; accepted are bfloat16, float16 and float32")
+    dtypes = {slot.name: arrays[slot.path].dtype.numpy_dtype for slot in slots(config)}
+    dtypes |= _hub_dtypes(folder, metadata, dtypes)
     files = {path: _check_chunks(folder / path, path, array) for path, array in arrays.items()}
 
     def read_rows(slot: Slot, first: int, last: int) -> np.ndarray:
         array = arrays[slot.path]
-        if not slot.index:
-            return np.asarray(_result(array[first:last].read(), folder, slot.path))
-        return np.asarray(_result(array[slot.index].read(), folder, slot.path)).reshape(slot.shape)[first:last]
+        with _store_errors(folder, slot.path):
+            if slot.index:
+                values = np.asarray(array[slot.index].read().result()).reshape(slot.shape)[first:last]
+            else:
+                values = np.asarray(array[first:last].read().result())
+        return cast(values, dtypes[slot.name], slot.name)
 
     return Weights(
         config=config,
         form="Orbax",
-        dtypes={slot.name: arrays[slot.path].dtype.numpy_dtype for slot in slots(config)},
+        dtypes=dtypes,
         read_rows=read_rows,
         folder=folder,
         files=files,
     )
 
 
-def write_store(part: Path, config: Qwen3Config, dtypes: Mapping[str, np.dtype], blocks: Iterable[Block]) -> None:
+def write_store(
+    part: Path,
+    config: Qwen3Config,
+    dtypes: Mapping[str, np.dtype],
+    blocks: Iterable[Block],
+    hub_dtypes: Mapping[str, np.dtype],
+) -> None:
     """Write a native checkpoint's arrays, one chunk at a time, at most four in flight, and Orbax's metadata last.
 
     Args:
         part: an empty folder.
         config: the model's.
-        dtypes: of each parameter, by its path.
+        dtypes: of each tensor, by its name; one for all of a parameter.
         blocks: the values of every slot, in any order.
+        hub_dtypes: what tensors are in on the hub, where that is narrower.
 
     Raises:
-        CheckpointError: the disk refuses.
+        CheckpointError: the disk refuses. No write is in flight then.
     """
     context = _context()
     arrays: dict[str, ts.TensorStore] = {}
     for slot in slots(config):
         if slot.path not in arrays:
-            arrays[slot.path] = _create(part, slot, config, dtypes[slot.path], context)
+            arrays[slot.path] = _create(part, slot, config, dtypes[slot.name], context)
     writing: deque[tuple[str, int, Any]] = deque()
 
     def finish(most: int, most_bytes: int) -> None:
         while len(writing) > most or sum(nbytes for _, nbytes, _ in writing) > most_bytes:
             path, _, commit = writing.popleft()
-            _result(commit, part, path)
+            with _store_errors(part, path):
+                commit.result()
 
-    for block in blocks:
-        slot = block.slot
-        if slot.index:
-            target, values = arrays[slot.path][slot.index], block.values.reshape(slot.part)
-        else:
-            target, values = arrays[slot.path][block.first : block.first + len(block.values)], block.values
-        finish(IN_FLIGHT - 1, max(IN_FLIGHT_BYTES - values.nbytes, 0))
-        # Blocks are never written to again: no copy of them is needed.
-        writing.append((slot.path, values.nbytes, target.write(values, can_reference_source_data_indefinitely=True).commit))
-    finish(0, 0)
+    try:
+        for block in blocks:
+            slot = block.slot
+            if slot.index:
+                target, values = arrays[slot.path][slot.index], block.values.reshape(slot.part)
+            else:
+                target, values = arrays[slot.path][block.first : block.first + len(block.values)], block.values
+            finish(IN_FLIGHT - 1, max(IN_FLIGHT_BYTES - values.nbytes, 0))
+            # Blocks are never written to again: no copy of them is needed.
+            commit = target.write(values, can_reference_source_data_indefinitely=True).commit
+            writing.append((slot.path, values.nbytes, commit))
+        finish(0, 0)
+    finally:
+        # After an error the folder is removed: nothing may still be written into it.
+        for _, _, commit in writing:
+            commit.exception()
     # As numpy arrays, which Orbax restores without being told a sharding; one that is told gives jax arrays all the same.
     tree = {}
     for path in arrays:
@@ -137,7 +165,7 @@ def write_store(part: Path, config: Qwen3Config, dtypes: Mapping[str, np.dtype],
         "use_ocdbt": False,
         "use_zarr3": True,
         "store_array_data_equal_to_fill_value": True,
-        "custom_metadata": None,
+        "custom_metadata": {HUB_DTYPES: {name: dtype.name for name, dtype in hub_dtypes.items()}} if hub_dtypes else None,
     }
     (part / METADATA).write_text(json.dumps(content), "utf-8")
 
@@ -159,12 +187,19 @@ def _create(part: Path, slot: Slot, config: Qwen3Config, dtype: np.dtype, contex
         },
         "store_data_equal_to_fill_value": True,
     }
-    return _result(ts.open(spec, create=True, context=context), part, slot.path)
+    with _store_errors(part, slot.path):
+        return ts.open(spec, create=True, context=context).result()
+
+
+def _open(folder: Path, path: str, spec: dict[str, Any], context: ts.Context) -> ts.TensorStore:
+    with _store_errors(folder, path):
+        return ts.open(spec, open=True, read=True, context=context).result()
 
 
 def _spec(folder: Path, path: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
     if metadata.get("use_ocdbt"):
-        store = {"driver": "ocdbt", "base": f"file://{folder.absolute()}", "path": f"{path}/"}
+        # The base is no URL: a `#`, `?` or `%` in the folder's name means nothing.
+        store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.absolute()}/"}, "path": f"{path}/"}
     else:
         store = {"driver": "file", "path": f"{folder.absolute() / path}/"}
     # Without this a chunk that is gone reads as zeros.
@@ -173,14 +208,33 @@ def _spec(folder: Path, path: str, metadata: Mapping[str, Any]) -> dict[str, Any
 
 def _metadata(folder: Path) -> dict[str, Any]:
     file = folder / METADATA
+    with system_errors(file):
+        metadata = parse_json(file.read_bytes(), file)
     try:
-        metadata = json.loads(file.read_text("utf-8"))
         for entry in metadata["tree_metadata"].values():
             for key in entry["key_metadata"]:
                 key["key"]
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: no metadata of an Orbax tree: {error!r}") from error
     return metadata
+
+
+def _hub_dtypes(folder: Path, metadata: Mapping[str, Any], dtypes: Mapping[str, np.dtype]) -> dict[str, np.dtype]:
+    """What `write_store` was told of tensors narrower than their array; nothing in what Orbax has written itself."""
+    custom = metadata.get("custom_metadata")
+    told = custom.get(HUB_DTYPES, {}) if isinstance(custom, dict) else {}
+    if not isinstance(told, dict):
+        raise CheckpointError(f"{folder / METADATA}: {HUB_DTYPES} is {told!r:.100}; accepted is an object of tensor -> dtype")
+    floats, found = {dtype.name: dtype for dtype in FLOATS}, {}
+    for name, given in told.items():
+        dtype = floats.get(given) if isinstance(given, str) else None
+        if name not in dtypes or dtype is None or holding(dtype, dtypes[name]) != dtypes[name]:
+            raise CheckpointError(
+                f"{folder / METADATA}: {HUB_DTYPES} has {name}: {given!r:.100}; accepted are this model's tensors, each with a "
+                "dtype that its array's holds"
+            )
+        found[name] = dtype
+    return found
 
 
 def _check_chunks(place: Path, path: str, array: ts.TensorStore) -> int:
@@ -199,8 +253,11 @@ def _check_chunks(place: Path, path: str, array: ts.TensorStore) -> int:
     return math.prod(array.shape) * array.dtype.numpy_dtype.itemsize
 
 
-def _result(future: Any, folder: Path, path: str) -> Any:
+@contextlib.contextmanager
+def _store_errors(folder: Path, path: str) -> Iterator[None]:
+    """Turn what TensorStore makes of any failure, a ValueError, into one line."""
     try:
-        return future.result()
-    except ValueError as error:  # what TensorStore makes of any failure
-        raise CheckpointError(f"{folder}: {path}: {error}") from error
+        yield
+    except ValueError as error:
+        reason = re.split(r" \[(?:tensorstore_spec|source locations)=", str(error))[0]
+        raise CheckpointError(f"{folder}: {path}: {reason}") from error

@@ -20,8 +20,9 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from qwen3_jax.checkpoint.card import generation_config, model_card
+from qwen3_jax.checkpoint.casting import cast, holding
 from qwen3_jax.checkpoint.names import Slot, slots
-from qwen3_jax.checkpoint.safetensors import CheckpointError
+from qwen3_jax.checkpoint.reading import CheckpointError
 from qwen3_jax.config import Qwen3Config
 
 # What belongs to a model beside its weights and its config, and goes where it goes.
@@ -78,7 +79,7 @@ class Weights:
         found: dict[str, np.dtype] = {}
         for slot in self.slots():
             given = self.dtypes[slot.name]
-            found[slot.path] = np.promote_types(found.get(slot.path, given), given)
+            found[slot.path] = holding(found.get(slot.path, given), given)
         return found
 
 
@@ -111,8 +112,8 @@ def stream(weights: Weights, order: Iterable[Slot], dtypes: Mapping[str, np.dtyp
 
     def read(piece: tuple[Slot, int]) -> Block:
         slot, first = piece
-        values = weights.read_rows(slot, first, first + slot.block_rows)
-        return Block(slot, first, _cast(values, dtypes[slot.name], slot.name))
+        values = weights.read_rows(slot, first, min(first + slot.block_rows, slot.shape[0]))
+        return Block(slot, first, cast(values, dtypes[slot.name], slot.name))
 
     total = sum(slot.size * dtypes[slot.name].itemsize for slot in order)
     with _progress() as progress, ThreadPoolExecutor(1) as reader:
@@ -126,19 +127,6 @@ def stream(weights: Weights, order: Iterable[Slot], dtypes: Mapping[str, np.dtyp
             yield block
             del block
             progress.advance(task, size)
-
-
-def _cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    if values.dtype == dtype:
-        return values
-    with np.errstate(over="ignore"):  # said below, by name
-        cast = values.astype(dtype)
-    if dtype == np.float16 and not np.array_equal(np.isfinite(cast), np.isfinite(values)):
-        largest = float(np.max(np.abs(values[np.isfinite(values)].astype(np.float32))))
-        raise CheckpointError(
-            f"{name} has a value of {largest:.4g}, and float16 ends at 65504: accepted is bfloat16 or float32"
-        )
-    return cast
 
 
 def _progress() -> Progress:
@@ -167,13 +155,17 @@ class Checksums:
             self._sums[block.slot.name, block.first] = _crc(block.values)
             yield block
 
-    def compare(self, weights: Weights) -> None:
+    def compare(self, weights: Weights, dtypes: Mapping[str, np.dtype]) -> None:
         """Read all of it again.
+
+        Args:
+            weights: what was written.
+            dtypes: what the blocks were in, by name; none narrower than what is there.
 
         Raises:
             CheckpointError: names the first tensor that is not what was written.
         """
-        for block in stream(weights, weights.slots(), weights.dtypes, "verifying"):
+        for block in stream(weights, weights.slots(), dtypes, "verifying"):
             if self._sums[block.slot.name, block.first] != _crc(block.values):
                 rows = f"rows {block.first}..{block.first + len(block.values) - 1}"
                 raise CheckpointError(f"{weights.folder}: {block.slot.name}, {rows}: read back, it is not what was written")
@@ -199,7 +191,9 @@ def write_beside(
         source: the folder that the weights come from, whose own files are carried over.
         tokenizer: writes its files instead.
     """
-    write_json(part / "config.json", dataclasses.replace(config, dtype=stored.name).to_hf())
+    # What is written is plain, whatever the config's own file held.
+    plain = dataclasses.replace(config, dtype=stored.name, quantization_config=None)
+    write_json(part / "config.json", plain.to_hf())
     if source is not None:
         for name in BESIDE:
             if (source / name).is_file():

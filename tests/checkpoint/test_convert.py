@@ -2,13 +2,8 @@
 
 import json
 import os
-import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +18,7 @@ from qwen3_jax import Qwen3Config, from_pretrained, save_pretrained
 from qwen3_jax.checkpoint import convert, names, store, weights
 from qwen3_jax.checkpoint.convert import plan_conversion
 from qwen3_jax.checkpoint.opening import open_weights
-from qwen3_jax.checkpoint.safetensors import CheckpointError
+from qwen3_jax.checkpoint.reading import CheckpointError
 from qwen3_jax.cli.main import main
 from tests.checkpoint.folders import contents, hub_tensors, write
 from tests.model.models import CONFIGS, random_model
@@ -158,7 +153,10 @@ def test_a_value_that_float16_cannot_hold_is_refused(tmp_path, capsys):
     tensors["model.norm.weight"][3] = 70000.0
     write(tmp_path / "in", config, tensors)
     assert run(tmp_path / "in", tmp_path / "out", "--to", "hf", "--dtype", "float16") == 2
-    assert "model.norm.weight has a value of 7e+04, and float16 ends at 65504" in capsys.readouterr().err
+    assert (
+        "model.norm.weight has a value of 70000, and float16 ends at 65504: accepted is bfloat16 or float32"
+        in capsys.readouterr().err
+    )
     assert os.listdir(tmp_path) == ["in"]
 
 
@@ -342,41 +340,3 @@ def test_bytes_are_said_before_reading_and_inspect_reads_headers_only(tmp_path, 
     (tmp_path / "in" / "model.safetensors").write_bytes(b"x" * 100)
     assert main(["inspect", str(tmp_path / "in")]) == 2
     assert "model.safetensors" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("to", ["hf", "orbax"])
-def test_kill_9_at_any_moment_leaves_the_old_or_the_new(tmp_path, to):
-    """Conversions of two models onto one folder, in turns, in processes that are killed at random moments."""
-    config, draw = CONFIGS["moe"], random.Random(to)
-    for seed in (0, 1):
-        write(tmp_path / f"in{seed}", config, hub_tensors(config, seed=seed))
-    models = [open_values(tmp_path / f"in{seed}") for seed in (0, 1)]
-    assert run(tmp_path / "in0", tmp_path / "out", "--to", to) == 0
-    now, taken, program = (
-        0,
-        [],
-        (
-            "import sys; from qwen3_jax.cli.main import main; import qwen3_jax.checkpoint.convert; print('go', flush=True); "
-            "sys.exit(main(sys.argv[1:]))"
-        ),
-    )
-    for _ in range(10):
-        words = ["convert", str(tmp_path / f"in{1 - now}"), str(tmp_path / "out"), "--to", to, "--overwrite"]
-        child = subprocess.Popen([sys.executable, "-c", program, *words], stdout=subprocess.PIPE)
-        assert child.stdout is not None
-        child.stdout.readline()
-        time.sleep(draw.random() * 0.5)
-        child.send_signal(signal.SIGKILL)
-        child.stdout.close()
-        child.wait()
-        found = open_values(tmp_path / "out")
-        assert found in models
-        now = models.index(found)
-        taken.append(now)
-    assert run(tmp_path / "in0", tmp_path / "out", "--to", to, "--overwrite") == 0
-    assert sorted(os.listdir(tmp_path)) == ["in0", "in1", "out"]  # what the killed left is gone
-
-
-def open_values(folder) -> dict[str, bytes]:
-    found = open_weights(folder)
-    return {slot.name: found.read_rows(slot, 0, slot.shape[0]).tobytes() for slot in found.slots()}

@@ -2,13 +2,6 @@
 
 import json
 import os
-import random
-import re
-import signal
-import struct
-import subprocess
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +10,7 @@ import numpy as np
 import pytest
 
 from qwen3_jax import Qwen3Config, from_pretrained, save_pretrained
-from qwen3_jax.checkpoint.safetensors import CheckpointError, Plan, read_header, write_file
+from qwen3_jax.checkpoint.reading import CheckpointError
 from qwen3_jax.checkpoint.source import folder_tensors
 from tests.checkpoint.folders import contents, hub_tensors, write
 from tests.model.models import CONFIGS, random_model, random_tokens
@@ -82,7 +75,7 @@ def test_a_tied_model_s_redundant_head_is_read_past_and_not_written(tmp_path):
     assert set(folder_tensors(tmp_path / "out")) == set(tensors)
 
 
-@pytest.mark.parametrize("scale_dtype", [BF16, np.dtype(np.float16), np.dtype(np.float32)], ids=str)
+@pytest.mark.parametrize("scale_dtype", [BF16, *map(np.dtype, (np.float16, np.float32, np.float64))], ids=str)
 def test_fp8_is_weight_times_scale(tmp_path, scale_dtype):
     content = CONFIGS["moe"].to_hf() | {
         "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 20]}
@@ -162,74 +155,6 @@ def test_an_index_that_points_nowhere_or_outside_is_refused(tmp_path):
         from_pretrained(tmp_path)
 
 
-def mutated_index(draw: random.Random, good: dict):
-    """A changed index, and a pattern for what is said of it; None where it is still valid."""
-    names, files = sorted(good["weight_map"]), sorted(set(good["weight_map"].values()))
-    name = draw.choice(names)
-    changed = json.loads(json.dumps(good))
-    where = changed["weight_map"]
-    kind = draw.choice(
-        ["order", "metadata", "more keys", "other file", "gone", "outside", "no string", "drop", "add", "no map"]
-    )
-    if kind == "order":
-        draw.shuffle(names)
-        changed["weight_map"] = {key: where[key] for key in names}
-        return changed, None
-    if kind == "metadata":
-        changed["metadata"] = draw.choice([{"total_size": 7}, {"total_parameters": 1, "x": []}])
-        return changed, None
-    if kind == "more keys":
-        changed["comment"] = draw.choice(["hello", 1, None])
-        return changed, None
-    if kind == "other file":
-        where[name] = draw.choice([file for file in files if file != where[name]])
-        return changed, f"disagree about {re.escape(name)}"
-    if kind == "gone":
-        where[name] = f"model-{draw.randrange(100, 1000)}.safetensors"
-        return changed, "is not there"
-    if kind == "outside":
-        where[name] = draw.choice(["../", "/tmp/", "sub/", "./"]) + where[name]
-        return changed, "outside the folder"
-    if kind == "no string":
-        where[name] = draw.choice([3, None, [], {}])
-        return changed, "index.json: "
-    if kind == "drop":
-        del where[name]
-        return changed, f"disagree about {re.escape(name)}"
-    if kind == "add":
-        where[f"{name}.more"] = where[name]
-        return changed, f"disagree about {re.escape(name)}.more"
-    return draw.choice([{}, {"weight_map": {}}, {"weight_map": []}, [], 7, None]), "weight_map|JSON object"
-
-
-def test_a_thousand_changed_indexes_are_read_rightly_or_refused(tmp_path):
-    config, draw, valid = CONFIGS["dense"], random.Random(6), 0
-    tensors = hub_tensors(config)
-    write(tmp_path, config, tensors, files=3)
-    expected = contents(tmp_path)
-    index = tmp_path / "model.safetensors.index.json"
-    good, text = json.loads(index.read_text()), index.read_text()
-    for _ in range(1000):
-        changed, says = mutated_index(draw, good)
-        index.write_text(json.dumps(changed, indent=draw.choice([None, 1])))
-        if says is None:
-            valid += 1
-            assert {name: (t.dtype, t.shape) for name, t in folder_tensors(tmp_path).items()} == {
-                name: value[:2] for name, value in expected.items()
-            }
-            if valid % 50 == 0:
-                assert contents(tmp_path) == expected
-        else:
-            with pytest.raises(CheckpointError, match=says):
-                folder_tensors(tmp_path)
-    assert valid > 250
-    for _ in range(100):  # not JSON at all
-        cut = text[: draw.randrange(len(text) - 1)]
-        index.write_text(cut)
-        with pytest.raises(CheckpointError, match="index.json"):
-            folder_tensors(tmp_path)
-
-
 def test_a_full_destination_is_left_alone_and_overwriting_is_a_choice(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
@@ -239,112 +164,6 @@ def test_a_full_destination_is_left_alone_and_overwriting_is_a_choice(tmp_path):
     save_pretrained(random_model("dense"), tmp_path / "out", overwrite=True)
     assert sorted(os.listdir(tmp_path / "out")) == ["README.md", "config.json", "generation_config.json", "model.safetensors"]
     assert os.listdir(tmp_path) == ["out"]
-    with pytest.raises(CheckpointError, match="written as int8"):
+    with pytest.raises(CheckpointError, match="dtype is int8: accepted are bfloat16"):
         save_pretrained(random_model("dense"), tmp_path / "other", dtype=jnp.int8)
     assert os.listdir(tmp_path) == ["out"]
-
-
-def test_kill_at_any_moment_leaves_a_whole_old_or_new_folder(tmp_path):
-    """A child overwrites one folder for ever with models of two seeds; it is killed, and what is there is one of them."""
-    program = """
-import sys
-from pathlib import Path
-import numpy as np
-from qwen3_jax.checkpoint.folder import whole_folder
-from qwen3_jax.checkpoint.safetensors import Plan, write_file
-print("ready", flush=True)
-number = 0
-while True:
-    number += 1
-    values = [np.full((64, 1024), number, np.float32) for _ in range(8)]
-    with whole_folder(Path(sys.argv[1])) as part:
-        for file in ("a", "b"):
-            plan = Plan(part / f"{file}.safetensors", {f"t{i}": (v.dtype, v.shape) for i, v in enumerate(values)})
-            write_file(plan, iter(values))
-"""
-    draw, folder = random.Random(0), tmp_path / "out"
-    for _ in range(6):
-        child = subprocess.Popen([sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE)
-        assert child.stdout is not None
-        child.stdout.readline()
-        while not folder.exists():
-            assert child.poll() is None
-        time.sleep(draw.random() / 5)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        child.stdout.close()
-        numbers = {
-            float(value)
-            for file in ("a", "b")
-            for tensor in read_header(folder / f"{file}.safetensors").values()
-            for value in np.unique(tensor.read())
-        }
-        assert len(numbers) == 1
-    from qwen3_jax.checkpoint.folder import whole_folder
-
-    with whole_folder(folder) as part:
-        (part / "last").write_text("x")
-    assert os.listdir(tmp_path) == ["out"]
-    assert os.listdir(folder) == ["last"]
-
-
-def mutated_header(draw: random.Random, header: dict, data: int):
-    """A changed header, and the name at fault; None where it is still valid."""
-    names = list(header)
-    name = draw.choice(names)
-    kind = draw.choice(["order", "space", "metadata", "dtype", "shape", "begin", "end", "swap", "drop", "field"])
-    changed = {key: dict(value) for key, value in header.items()}
-    if kind == "order":
-        draw.shuffle(names)
-        return {key: changed[key] for key in names}, None
-    if kind == "space":
-        return changed, None
-    if kind == "metadata":
-        return {"__metadata__": {"format": "np"}, **changed}, None
-    if kind == "dtype":
-        changed[name]["dtype"] = draw.choice(["F12", 4, None, "F64"])
-    elif kind == "shape":
-        changed[name]["shape"] = draw.choice([[-1], [3.5], "4", [10**9, 10**9], [True]])
-    elif kind in ("begin", "end"):
-        offsets = list(changed[name]["data_offsets"])
-        offsets[kind == "end"] += draw.choice([-4, 4, 10**15])
-        changed[name]["data_offsets"] = offsets
-    elif kind == "swap":
-        changed[name]["data_offsets"] = changed[name]["data_offsets"][::-1]
-    elif kind == "drop":
-        del changed[name]
-    else:
-        del changed[name][draw.choice(list(changed[name]))]
-    return changed, name
-
-
-def test_two_thousand_changed_headers_are_read_rightly_or_refused(tmp_path):
-    draw, valid = random.Random(5), 0
-    arrays = {f"t{i}": np.arange(i * 3 + 2, dtype=np.float32).reshape(-1, 1) for i in range(5)}
-    plan = Plan(tmp_path / "good.safetensors", {name: (value.dtype, value.shape) for name, value in arrays.items()})
-    write_file(plan, iter(arrays.values()))
-    raw = plan.file.read_bytes()
-    length = struct.unpack("<Q", raw[:8])[0]
-    header = json.loads(raw[8 : 8 + length])
-    header.pop("__metadata__")
-    data = raw[8 + length :]
-    file = tmp_path / "changed.safetensors"
-    for _ in range(2000):
-        changed, fault = mutated_header(draw, header, len(data))
-        text = json.dumps(changed, indent=draw.choice([None, 1])).encode()
-        cut = draw.random() < 0.1
-        file.write_bytes(struct.pack("<Q", len(text)) + text + (data[:-1] if cut else data))
-        if fault is None and not cut:
-            valid += 1
-            found = read_header(file)
-            assert set(found) == set(arrays)
-            for name, tensor in found.items():
-                np.testing.assert_array_equal(tensor.read(), arrays[name])
-        else:
-            with pytest.raises(CheckpointError, match="changed.safetensors: "):
-                read_header(file)
-    assert valid > 450
-    for broken in (b"", b"12345", struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 2) + b"{x"):
-        file.write_bytes(broken)
-        with pytest.raises(CheckpointError, match="changed.safetensors"):
-            read_header(file)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from qwen3_jax import Qwen3Config, from_pretrained, load_tokenizer, save_pretrained
-from qwen3_jax.checkpoint.safetensors import CheckpointError
+from qwen3_jax.checkpoint.reading import CheckpointError
 from tests.chat.tiny import write_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
