@@ -19,16 +19,17 @@ TEXT, FAILED = b"T", b"F"  # what an answer begins with
 def serve() -> None:
     """Answer requests on standard input until it ends.
 
-    A request is its length, then (source, values, seconds, memory in bytes, characters) as marshal writes them; an answer is
-    TEXT or FAILED, its length, and UTF-8. A rendering that takes more processor time ends the process.
+    A request is its length, then (source, values, seconds, memory in bytes, characters) as marshal writes them, the values
+    written by themselves before; an answer is TEXT or FAILED, its length, and UTF-8. A rendering that takes more processor time
+    ends the process.
     """
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
     _end_at_once_when_time_is_up()
     while header := stdin.read(LENGTH):
         source, values, seconds, memory, characters = marshal.loads(stdin.read(int.from_bytes(header)))
         _limit(seconds, memory)
-        kind, text = _answer(source, values, memory, characters)
-        _limit(0, memory)
+        kind, text = _answer(source, marshal.loads(values), memory, characters)
+        _limit(0, 0)
         content = text.encode("utf-8", "surrogatepass")
         stdout.write(kind + len(content).to_bytes(LENGTH) + content)
         stdout.flush()
@@ -53,11 +54,12 @@ def _end_at_once_when_time_is_up() -> None:
 
 
 def _limit(seconds: float, memory: int) -> None:
-    """Bound this process: processor time from now on (0 is no bound), and address space."""
+    """Bound this process: processor time from now on, and address space; 0 is no bound."""
     with contextlib.suppress(AttributeError):  # not on Windows
         signal.setitimer(signal.ITIMER_PROF, seconds)
     with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows, and macOS takes none
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        most = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (memory or most, most))

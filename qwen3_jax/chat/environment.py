@@ -82,8 +82,8 @@ def _raise(message: Any) -> None:
     raise jinja2.exceptions.TemplateError(message)
 
 
-def _strftime_now(form: Any) -> str:
-    return datetime.datetime.now().strftime(form)
+def _strftime_now(format: Any) -> str:
+    return datetime.datetime.now().strftime(format)
 
 
 @functools.cache

@@ -68,7 +68,8 @@ class _Process:
         clock.daemon = True
         clock.start()
         try:
-            self._requests.write(len(request).to_bytes(LENGTH) + request)
+            self._requests.write(len(request).to_bytes(LENGTH))
+            self._requests.write(request)
             self._requests.flush()
             kind, length = self._read(1), int.from_bytes(self._read(LENGTH))
             return kind, self._read(length).decode("utf-8", "surrogatepass")
@@ -150,7 +151,8 @@ def render_apart(source: str, values: Mapping[str, Any]) -> str:
     Raises:
         RenderingError: the template failed, or took more than it may; or its process does not start.
     """
-    size = len(marshal.dumps(dict(values)))
+    packed = marshal.dumps(dict(values))
+    size = len(packed)
     seconds = SECONDS + SECONDS_PER_BYTE * size
     limits = (seconds, MEMORY + MEMORY_PER_BYTE * size, CHARACTERS + CHARACTERS_PER_BYTE * size)
     try:
@@ -158,7 +160,7 @@ def render_apart(source: str, values: Mapping[str, Any]) -> str:
     except OSError as error:
         raise RenderingError(f"the process that renders the chat template does not start: {error}") from error
     try:
-        kind, text = process.ask(marshal.dumps((source, dict(values), *limits)), _PATIENCE * seconds)
+        kind, text = process.ask(marshal.dumps((source, packed, *limits)), _PATIENCE * seconds)
     except BaseException:  # an interrupt too: what it answers next would be the answer to this
         process.end()
         raise

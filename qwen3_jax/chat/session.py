@@ -40,8 +40,12 @@ class Chat:
         Args:
             model: any Qwen3.
             tok: of the same checkpoint.
+
+        Raises:
+            ValueError: a generation_config.json with a field of another type.
         """
         self.model, self.tok = model, tok
+        self._stop_tokens = tok.stop_token_ids
         self._layers = (views(model) or jax.jit(unstack)(model)) if on_cpu(model) else None
 
     def stream(
@@ -85,9 +89,7 @@ class Chat:
         if sampling is None:
             thinks = thinking is not False and last_soft_switch(messages) is not False
             sampling = default_sampling(self.tok.generation_config, thinks)
-        settings = make_settings(
-            self.model, 1, sampling, jax.random.key(seed), self.tok.stop_token_ids, budget, None, max_new_tokens
-        )
+        settings = make_settings(self.model, 1, sampling, jax.random.key(seed), self._stop_tokens, budget, None, max_new_tokens)
         written = self._tokens(self.tok.encode(prompt), settings, max_new_tokens)
         return _deltas(written, _Characters(self.tok), ThinkingParser(thought_is_open(prompt)), watch)
 

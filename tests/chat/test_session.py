@@ -131,7 +131,8 @@ class Scripted(Chat):
     """A chat whose model writes these texts, token by token, and is then stopped by the limit, or stops by itself."""
 
     def __init__(self, chat, text, cut):
-        self.model, self.tok, self._text, self._cut = chat.model, chat.tok, text, cut
+        super().__init__(chat.model, chat.tok)
+        self._text, self._cut = text, cut
 
     def _tokens(self, ids, settings, limit):
         tokens = self.tok.encode(self._text)

@@ -68,9 +68,10 @@ def test_settings_of_a_wrong_type_are_one_line(model, tmp_path):
     copy = tmp_path / "model"
     shutil.copytree(model, copy)
     (copy / "generation_config.json").write_text('{"eos_token_id": "x"}')
-    done = run("generate", str(copy), "a")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "generation_config.json: eos_token_id is 'x': accepted is an id or a list of ids" in done.stderr
+    for words in (["generate", str(copy), "a"], ["chat", str(copy)]):
+        done = run(*words, input="")
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert "generation_config.json: eos_token_id is 'x': accepted is an id or a list of ids" in done.stderr
 
 
 # All that a console might take for its own: emoji, markup, tabs, control characters, backslashes, line ends of both kinds.
