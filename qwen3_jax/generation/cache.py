@@ -1,9 +1,12 @@
-"""Making the cache that a call of the model continues from."""
+"""The cache that a call of the model continues from: made, made larger, and with the text that it holds."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, Int
 
 from qwen3_jax.model.cache import Cache
 from qwen3_jax.model.transformer import Qwen3
@@ -38,6 +41,79 @@ def init_cache(model: Qwen3, batch: int, length: int, dtype: DTypeLike | None = 
     )
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TextCache(Cache):
+    """A Cache that knows its text: what a next turn needs to know of the turns before. `generate` returns it.
+
+    Attributes:
+        tokens: [B, S] int32, the token of every slot; -1 where there is none, or it is unknown.
+        generated: [B, S] bool, slots whose token `generate` wrote, forced ones too.
+        next_forced: [B] int32, where the row stands among the forced tokens of a thinking budget.
+    """
+
+    tokens: Any
+    generated: Any
+    next_forced: Any
+
+
+def with_text(cache: Cache) -> TextCache:
+    """The cache with its text, of which nothing is known unless it is a TextCache.
+
+    Args:
+        cache: any.
+
+    Returns:
+        It, its text without what stands past each row's length.
+    """
+    if isinstance(cache, TextCache):
+        held = jnp.arange(cache.capacity, dtype=jnp.int32) < cache.lengths[:, None]
+        return dataclasses.replace(cache, tokens=jnp.where(held, cache.tokens, -1), generated=cache.generated & held)
+    unknown = jnp.full(cache.segments.shape, -1, jnp.int32)
+    return TextCache(**vars(cache), tokens=unknown, generated=unknown > 0, next_forced=jnp.full_like(cache.lengths, -1))
+
+
+def written(
+    before: TextCache, after: Cache, tokens: Int[Array, "B T"], generated: bool, next_forced: Int[Array, " B"]
+) -> TextCache:
+    """The cache after a call of the model.
+
+    Args:
+        before: what the call was given.
+        after: what it returned.
+        tokens: its tokens; of those past a row's new length nothing is kept.
+        generated: whether the model wrote them.
+        next_forced: for the new cache.
+
+    Returns:
+        `after` with its text.
+    """
+    rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
+    slots = before.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    slots = jnp.where(slots < after.lengths[:, None], slots, before.capacity)  # out of bounds is dropped
+    return TextCache(
+        **vars(after),
+        tokens=before.tokens.at[rows, slots].set(tokens, mode="drop"),
+        generated=before.generated.at[rows, slots].set(generated, mode="drop"),
+        next_forced=next_forced,
+    )
+
+
+def repeated(cache: TextCache, samples: int) -> TextCache:
+    """The cache with each row as often as there are samples.
+
+    Args:
+        cache: B rows.
+        samples: how many each becomes.
+
+    Returns:
+        B * samples rows, those of one row side by side.
+    """
+    if samples == 1:
+        return cache
+    return TextCache(**{name: jnp.repeat(x, samples, axis=1 if name in ("k", "v") else 0) for name, x in vars(cache).items()})
+
+
 def grown(cache: Cache, capacity: int) -> Cache:
     """The cache with more slots per row, or as it is.
 
@@ -48,6 +124,9 @@ def grown(cache: Cache, capacity: int) -> Cache:
     more = capacity - cache.capacity
     if not more:
         return cache
-    large = ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))
-    segments = jnp.pad(cache.segments, ((0, 0), (0, more)))
-    return dataclasses.replace(cache, k=jnp.pad(cache.k, large), v=jnp.pad(cache.v, large), segments=segments)
+    slots, large = ((0, 0), (0, more)), ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))
+    longer = dict(k=jnp.pad(cache.k, large), v=jnp.pad(cache.v, large), segments=jnp.pad(cache.segments, slots))
+    if isinstance(cache, TextCache):
+        tokens = jnp.pad(cache.tokens, slots, constant_values=-1)
+        longer |= dict(tokens=tokens, generated=jnp.pad(cache.generated, slots))
+    return dataclasses.replace(cache, **longer)

@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Float, Int, Key
 
-from qwen3_jax.generation.budget import ThinkingBudget, budget_rule
+from qwen3_jax.config import Qwen3Config
+from qwen3_jax.generation.budget import UNLIMITED, ThinkingBudget, budget_rule
 from qwen3_jax.generation.sample import Sampling, broadcast
+from qwen3_jax.generation.values import check_ids, integers, known
 from qwen3_jax.model.cache import Cache
 from qwen3_jax.model.transformer import Qwen3
 
@@ -30,6 +32,7 @@ class Settings:
         budget: a BudgetRule.
         hook: a jax.tree_util.Partial of a LogitsHook, or None.
         limit: int32, max_new_tokens.
+        room: int32, slots of a row of the cache that may be filled.
         pad: int32.
     """
 
@@ -39,6 +42,7 @@ class Settings:
     budget: Any
     hook: Any
     limit: Any
+    room: Any
     pad: Any
 
 
@@ -53,115 +57,170 @@ def bucket(length: int) -> int:
 def make_settings(
     model: Qwen3,
     rows: int,
-    sampling: Sampling,
-    key: Key[Array, "..."] | None,
-    stop_tokens: Sequence[int] | Int[Array, " S"],
-    thinking: ThinkingBudget | None,
-    logits_hook: LogitsHook | None,
+    sampling: Any,
+    key: Any,
+    stop_tokens: Any,
+    thinking: Any,
+    logits_hook: Any,
     max_new_tokens: int,
+    room: int = UNLIMITED,
 ) -> Settings:
     """Settings of these arguments of generate.
 
     Args:
-        model: for its pad token.
+        model: for its vocabulary and pad token.
         rows: of the output.
-        sampling: numbers, or one per row.
-        key: one, or one per row.
+        sampling: a Sampling, numbers or one per row.
+        key: one, or one per row; None where every temperature is 0.
         stop_tokens: any number.
         thinking: a budget or None.
         logits_hook: a function, a Partial or None.
         max_new_tokens: the bound.
+        room: slots of a row of the cache that may be filled, as far as it has them.
 
     Returns:
         The settings.
 
     Raises:
-        ValueError: keys that are neither one nor one per row, stop tokens that are no ids, and what sampling and budget refuse.
+        ValueError: an argument that is refused, by name.
     """
-    keys = jnp.broadcast_to(jax.random.key(0), (rows,)) if key is None else key
-    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
-        raise ValueError(
-            f"key is {keys.dtype}{list(keys.shape)}: accepted is a typed key, jax.random.key(seed), or one per row"
-        )
-    if keys.shape == ():
-        keys = jax.vmap(functools.partial(jax.random.fold_in, keys))(jnp.arange(rows))
-    if keys.shape != (rows,):
-        raise ValueError(f"key has shape {list(keys.shape)}: accepted is one key or [{rows}], one per row")
-    stop = jnp.asarray(stop_tokens if len(stop_tokens) else [-1])
-    if stop.ndim != 1 or not jnp.issubdtype(stop.dtype, jnp.integer):
-        raise ValueError(f"stop_tokens is {stop_tokens!r}: accepted is a sequence of token ids")
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling is {sampling!r}: accepted is a Sampling")
+    if thinking is not None and not isinstance(thinking, ThinkingBudget):
+        raise ValueError(f"thinking is {thinking!r}: accepted is a ThinkingBudget, as tok.thinking_budget(n) makes it, or None")
+    vocabulary, pad = model.config.vocab_size, model.config.pad_token_id
+    stop = integers(stop_tokens)
+    if stop is None or stop.ndim != 1:
+        raise ValueError(f"stop_tokens is {stop_tokens!r}: accepted is a sequence of token ids, or none: ()")
+    check_ids("stop_tokens", stop, vocabulary)
     spare = bucket(stop.shape[0]) - stop.shape[0]
-    stop = jnp.pad(stop.astype(jnp.int32), (0, spare), constant_values=-1)
-    pad = model.config.pad_token_id
     return Settings(
         sampling=broadcast(sampling, rows),
-        keys=keys,
-        stop=stop,
-        budget=budget_rule(thinking, rows),
-        hook=logits_hook if logits_hook is None or isinstance(logits_hook, jax.tree_util.Partial) else _partial(logits_hook),
+        keys=_keys(key, sampling, rows),
+        stop=jnp.pad(jnp.asarray(stop, jnp.int32), (0, spare), constant_values=-1),
+        budget=budget_rule(thinking, rows, vocabulary),
+        hook=_partial(logits_hook),
         limit=jnp.int32(max_new_tokens),
+        room=jnp.int32(room),
         pad=jnp.int32(0 if pad is None else pad),
     )
 
 
-@functools.cache
-def _partial(hook: LogitsHook) -> jax.tree_util.Partial:
-    return jax.tree_util.Partial(hook)
+def _keys(key: Any, sampling: Sampling, rows: int) -> Key[Array, " B"]:
+    if key is None:
+        temperature = known(sampling.temperature)
+        if temperature is None or np.any(temperature != 0):
+            raise ValueError("key is missing: accepted is jax.random.key(seed), or none where every temperature is 0")
+        return jnp.broadcast_to(jax.random.key(0), (rows,))
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        found = f"{key.dtype}{list(key.shape)}" if isinstance(key, jax.Array | np.ndarray) else repr(key)
+        raise ValueError(f"key is {found}: accepted is a typed key, jax.random.key(seed), or one per row")
+    if key.shape == ():
+        return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows, dtype=jnp.int32))
+    if key.shape != (rows,):
+        raise ValueError(f"key has shape {list(key.shape)}: accepted is one key or [{rows}], one per row")
+    return key
 
 
-def _known(array: Any) -> bool:
-    return not isinstance(array, jax.core.Tracer)
+def _partial(hook: Any) -> jax.tree_util.Partial | None:
+    """The hook as a pytree. Two of one function are equal, so that it is traced once."""
+    if hook is None:
+        return None
+    if not callable(hook):
+        raise ValueError(f"logits_hook is {hook!r}: accepted is a function of logits, written and step")
+    partial = hook if isinstance(hook, jax.tree_util.Partial) else jax.tree_util.Partial(hook)
+    try:
+        hash(partial.func)
+    except TypeError:
+        # The hash of a bound method is its object's identity, which any object has.
+        return jax.tree_util.Partial(partial.func.__call__, *partial.args, **partial.keywords)
+    return partial
 
 
-def check_prompts(
-    tokens: Shaped[Array, "..."],
-    lengths: Any,
-    max_new_tokens: int,
-    logprobs: int,
-    samples: int,
-    key: Any,
-    sampling: Sampling,
-) -> int:
-    """The number of prompts; ValueError for what generate refuses of these arguments."""
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or 0 in tokens.shape:
-        raise ValueError(f"tokens are {tokens.dtype}{list(tokens.shape)}: accepted are integers [B, T], at least [1, 1]")
-    for name, value, low in (("max_new_tokens", max_new_tokens, 1), ("samples", samples, 1), ("logprobs", logprobs, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{name} is {value!r}: accepted is an integer >= {low}")
-    batch, length = tokens.shape
-    if lengths is not None and _known(lengths):
-        values = np.asarray(lengths)
-        if values.shape != (batch,) or not np.issubdtype(values.dtype, np.integer) or values.min() < 1 or values.max() > length:
-            raise ValueError(f"lengths is {lengths}: accepted are {batch} integers from 1 to {length}")
-    if key is None and not (_known(sampling.temperature) and np.all(np.asarray(sampling.temperature) == 0)):
-        raise ValueError("key is missing: accepted is jax.random.key(seed), or none where every temperature is 0")
-    return batch
+def checked_prompts(tokens: Any, lengths: Any, vocabulary: int) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+    """Prompts and their lengths as arrays.
+
+    Args:
+        tokens: integers [B, T] in any form.
+        lengths: of each row, or None.
+        vocabulary: how many tokens there are.
+
+    Returns:
+        Both as int32.
+
+    Raises:
+        ValueError: another form, a length out of bounds, or what is no token; padding may be anything.
+    """
+    found = integers(tokens)
+    if found is None or found.ndim != 2 or 0 in found.shape:
+        shown = f"{tokens.dtype}{list(tokens.shape)}" if isinstance(tokens, jax.Array | np.ndarray) else repr(tokens)
+        raise ValueError(f"tokens are {shown}: accepted are integers [B, T], at least [1, 1]")
+    batch, length = found.shape
+    ends = np.full((batch,), length, np.int32) if lengths is None else integers(lengths)
+    values = None if ends is None else known(ends)
+    outside = values is not None and values.size and (values.min() < 1 or values.max() > length)
+    if ends is None or ends.shape != (batch,) or outside:
+        raise ValueError(f"lengths is {lengths}: accepted are {batch} integers from 1 to {length}")
+    if values is not None:
+        check_ids("tokens", found, vocabulary, np.arange(length) < values[:, None])
+    return jnp.asarray(found, jnp.int32), jnp.asarray(ends, jnp.int32)
+
+
+def check_cache(config: Qwen3Config, cache: Any, batch: int) -> None:
+    """Refuse what is no cache of so many rows of that model.
+
+    Args:
+        config: the model's.
+        cache: anything.
+        batch: prompts.
+
+    Raises:
+        ValueError: another type, number of rows, or shape.
+    """
+    if not isinstance(cache, Cache):
+        raise ValueError(f"cache is a {type(cache).__name__}: accepted is a Cache: an earlier turn's `.cache`, or init_cache's")
+    layers, rows, heads, _, width = cache.k.shape
+    if rows != batch:
+        raise ValueError(f"cache has {rows} rows, tokens {batch}: accepted are as many")
+    found, wanted = (layers, heads, width), (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+    if found != wanted:
+        raise ValueError(f"cache is another model's: layers, heads and head_dim are {found}: accepted are {wanted}")
 
 
 def fitted(
-    model: Qwen3, tokens: jax.Array, max_new_tokens: int, cache: Cache | None, cache_len: int | None
-) -> tuple[jax.Array, int, Cache | None]:
-    """Prompts padded to a bucket, as far as the cache has room for it, and the cache's slots per row."""
-    batch, length = tokens.shape
+    tokens: Int[Array, "B T"], max_new_tokens: int, cache: Cache | None, cache_len: int | None
+) -> tuple[Int[Array, "B P"], int, int]:
+    """Prompts padded to a bucket, and the size of their cache.
+
+    Args:
+        tokens: prompts.
+        max_new_tokens: the bound.
+        cache: what they follow on, or None.
+        cache_len: slots of a row that may be filled; None is what the cache has, or just enough.
+
+    Returns:
+        The prompts; the slots of a row that may be filled; the slots that it has, which are a bucket where the caller has not
+        made the cache, so that a cache_len that grows seldom makes another program.
+
+    Raises:
+        ValueError: prompts and new tokens do not fit, as far as the cache's lengths are known.
+    """
+    length = tokens.shape[1]
     padded = bucket(length)
-    if cache is None:
-        capacity = padded + bucket(max_new_tokens) if cache_len is None else cache_len
-        used = 0
-    else:
-        capacity = cache.capacity if cache_len is None else cache_len
-        used = int(cache.lengths.max()) if _known(cache.lengths) else 0
-        if cache.k.shape[1] != batch:
-            raise ValueError(f"cache has {cache.k.shape[1]} rows, tokens {batch}: accepted are as many")
-        if capacity < cache.capacity:
-            raise ValueError(f"cache_len is {cache_len}: accepted is at least the {cache.capacity} slots of the cache given")
+    room = cache_len
+    if room is None:
+        room = padded + bucket(max_new_tokens) if cache is None else cache.capacity
+    capacity = room if cache_len is None else bucket(room)
+    values = None if cache is None else known(cache.lengths)
+    used = 0 if values is None else int(values.max())
     needed = used + length + max_new_tokens
-    if needed > capacity:
+    if needed > room:
         where = "the cache has" if cache_len is None else "cache_len is"
         raise ValueError(
-            f"{where} {capacity} slots per row: {used} in use, {length} tokens and {max_new_tokens} new ones need {needed}; "
+            f"{where} {room} slots per row: {used} in use, {length} tokens and {max_new_tokens} new ones need {needed}; "
             "cache_len makes it larger"
         )
-    # Padding is written to the cache too (and overwritten later): it must not run over its end.
-    room = cache is None or _known(cache.lengths)
-    padded = padded if room and used + padded <= capacity else length
-    return jnp.pad(tokens, ((0, 0), (0, padded - length))), capacity, cache
+    capacity = capacity if cache is None else max(capacity, cache.capacity)
+    # Padding may run over the end of the cache, where it is dropped, but may not be longer than all of it.
+    padded = min(padded, capacity)
+    return jnp.pad(tokens, ((0, 0), (0, padded - length))), room, capacity

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from qwen3_jax.generation.values import known
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Sampling:
 # What each field accepts: lowest, whether that itself is accepted, highest, words for the message.
 _BOUNDS = {
     "temperature": (0.0, True, np.inf, "a number >= 0"),
-    "top_k": (0, True, np.inf, "an integer >= 0"),
+    "top_k": (0, True, np.iinfo(np.int32).max, "an integer >= 0 that int32 holds"),
     "top_p": (0.0, False, 1.0, "a number in (0, 1]"),
     "min_p": (0.0, True, 1.0, "a number in [0, 1]"),
     "presence_penalty": (-np.inf, False, np.inf, "a finite number"),
@@ -66,8 +68,8 @@ def broadcast(sampling: Sampling, batch: int) -> Sampling:
     fields = {}
     for name, (low, at_low, high, accepted) in _BOUNDS.items():
         given = getattr(sampling, name)
-        if not isinstance(given, jax.core.Tracer):
-            values = np.asarray(given)
+        values = known(given)
+        if values is not None:
             number = np.issubdtype(values.dtype, np.integer) or (name != "top_k" and jnp.issubdtype(values.dtype, jnp.floating))
             # A comparison with NaN is false, so NaN is refused with the rest.
             above = number and np.all(values >= low if at_low else values > low)

@@ -1,4 +1,7 @@
-"""The thinking budget against its definition in plain Python, and inside the jitted loop."""
+"""The thinking budget against its definition in plain Python, inside the jitted loop, and over several turns."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 
 from qwen3_jax import ThinkingBudget, generate
 from qwen3_jax.generation.budget import begin, budget_rule, enforce
+from qwen3_jax.model.cache import Cache
 from tests.model.models import random_model
 
 THINK, END, TURN, STOP, NEWLINE = 1, 2, 3, 4, 5
@@ -36,8 +40,8 @@ def by_definition(prompt, drawn, tokens):
 
 
 @jax.jit
-def begun(rule, tokens, real):
-    return begin(rule, tokens, real)
+def begun(rule, tokens, given):
+    return begin(rule, tokens, jnp.zeros_like(given), given, jnp.full(3, -1))
 
 
 @jax.jit
@@ -56,12 +60,11 @@ WORDS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
     tokens=st.lists(st.integers(0, STEPS + 2), min_size=3, max_size=3),
 )
 def test_rows_with_budgets_of_their_own(prompts, drawn, tokens):
-    rule = budget_rule(budget(np.asarray(tokens)), 3)
-    padded = np.zeros((3, 8), np.int32)
+    rule = budget_rule(budget(np.asarray(tokens)), 3, 96)
+    padded = np.full((3, 8), -1, np.int32)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
-    real = np.arange(8) < np.asarray([len(prompt) for prompt in prompts])[:, None]
-    state, written, running = begun(rule, padded, real), [[], [], []], [True] * 3
+    state, written, running = begun(rule, padded, padded >= 0), [[], [], []], [True] * 3
     for step in range(STEPS):
         chosen, forced, state = enforced(rule, state, jnp.int32(step), jnp.asarray([row[step] for row in drawn], jnp.int32))
         for row in range(3):
@@ -125,3 +128,67 @@ def test_a_budget_of_three_fields():
     )
     free = generate(random_model("dense"), jnp.asarray([[END, 8]]), max_new_tokens=6)
     np.testing.assert_array_equal(closed.tokens, free.tokens)
+
+
+def continued(out, tokens, drawn, most):
+    """A next turn after `out`: its tokens, then what the model draws, which a budget may replace."""
+    prompt = jnp.asarray([tokens], jnp.int32)
+    hook = jax.tree_util.Partial(script, jnp.pad(jnp.asarray([drawn], jnp.int32), ((0, 0), (0, 16 - len(drawn)))))
+    cache = None if out is None else out.cache
+    return generate(
+        random_model("dense"),
+        prompt,
+        max_new_tokens=len(drawn),
+        thinking=None if most is None else budget(most),
+        stop_tokens=[STOP],
+        logits_hook=hook,
+        cache=cache,
+        cache_len=64,
+    )
+
+
+@pytest.mark.parametrize(
+    "calls, wanted",
+    [
+        # The thought was closed in an earlier call: nothing is forced.
+        ([([TURN, 9, THINK, 9, END, 9], 2, 0), ([9], 6, 0)], [9] * 6),
+        ([([TURN, 9, THINK], 12, 2), ([9], 6, 0)], [9] * 6),
+        # Cut by max_new_tokens, a thought goes on counting in the next call, and knows that it was opened.
+        ([([TURN, 9, THINK], 3, 5), ([9], 9, 5)], [9, 9, *EARLY, 9, 9, 9]),
+        ([([TURN, 9, THINK], 3, None), ([9], 9, 5)], [9, 9, *EARLY, 9, 9, 9]),
+        # So it does without an opening; and in words that are being forced.
+        ([([TURN, 9], 3, 3), ([9], 9, 3)], [*OPEN, *EARLY, 9, 9, 9]),
+        ([([TURN, 9, THINK], 5, 3), ([9], 6, 3)], [*EARLY[2:], 9, 9, 9, 9]),
+        # Three calls.
+        ([([TURN, 9, THINK], 2, 6), ([8], 2, 6), ([8, 8], 9, 6)], [9, 9, *EARLY, 9, 9, 9]),
+        # Another turn begins anew, whatever was being forced; so does a thought that the caller ends.
+        ([([TURN, 9, THINK], 5, 3), ([TURN, 9, THINK], 9, 4)], [9, 9, 9, 9, *EARLY, 9]),
+        ([([TURN, 9, THINK], 5, 3), ([END, 9], 4, 3)], [9] * 4),
+    ],
+)
+def test_a_next_turn_goes_on_with_the_thought_that_the_cache_holds(calls, wanted):
+    out = None
+    for tokens, new, most in calls:
+        out = continued(out, tokens, [9] * new, most)
+    assert out is not None
+    assert list(out.tokens[0]) == wanted
+
+
+def test_the_budget_of_a_row_that_has_ended_stands_still():
+    """The first row stops within its thought while the second runs past the budget; in the next call it has some left."""
+    prompts = jnp.asarray([[TURN, THINK]] * 2)
+    go_on = functools.partial(generate, random_model("dense"), thinking=budget(4), stop_tokens=[STOP])
+    drawn = jax.tree_util.Partial(script, jnp.asarray([[9, STOP, *[9] * 14], [9] * 16], jnp.int32))
+    first = go_on(prompts, max_new_tokens=10, cache_len=48, logits_hook=drawn)
+    assert list(first.lengths) == [2, 10]
+    nines = jax.tree_util.Partial(script, jnp.full((2, 16), 9))
+    second = go_on(jnp.asarray([[8], [8]]), max_new_tokens=8, cache=first.cache, logits_hook=nines)
+    assert list(second.tokens[0]) == [9, 9, *EARLY, 9, 9]
+    assert list(second.tokens[1]) == [9] * 8
+
+
+def test_a_bare_cache_knows_of_no_earlier_turn():
+    first = continued(None, [TURN, 9, THINK, 9, END, 9], [9, 9], 0)
+    bare = Cache(**{field.name: getattr(first.cache, field.name) for field in dataclasses.fields(Cache)})
+    second = continued(dataclasses.replace(first, cache=bare), [9], [9] * 8, 0)
+    assert list(second.tokens[0]) == [*OPEN, *EARLY, 9, 9]

@@ -1,8 +1,6 @@
 """The jitted loop: what it writes is what the model says, in any batch, over any number of turns, in one program."""
 
 import dataclasses
-import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qwen3_jax import Qwen3, Sampling, ThinkingBudget, generate
+from qwen3_jax import Qwen3, Sampling, generate
 from qwen3_jax.generation import loop
 from qwen3_jax.generation.unstack import views
 from tests.model.models import CONFIGS, random_model, random_tokens
@@ -79,6 +77,21 @@ def fresh(logits, written, step):
     return logits.at[rows, jnp.where(columns < step, written, logits.shape[1])].set(-jnp.inf, mode="drop")
 
 
+def test_greedy_rows_do_not_see_the_settings_of_the_others():
+    model, tokens = random_model("dense"), random_tokens(3, 9)
+    alone = generate(model, tokens, max_new_tokens=10)
+    hot = Sampling(
+        temperature=jnp.asarray([0.0, 1.5, 0.0]),
+        top_k=jnp.asarray([0, 3, 1]),
+        top_p=jnp.asarray([1.0, 0.5, 0.1]),
+        min_p=jnp.asarray([0.0, 0.3, 0.9]),
+        presence_penalty=jnp.asarray([0.0, 1.0, 0.0]),
+        repetition_penalty=jnp.asarray([1.0, 1.7, 1.0]),
+    )
+    beside = generate(model, tokens, max_new_tokens=10, sampling=hot, key=jax.random.key(3))
+    np.testing.assert_array_equal(beside.tokens[::2], alone.tokens[::2])
+
+
 def test_samples_share_one_prefill():
     model, tokens, keys = random_model("dense"), random_tokens(2, 9), jax.random.split(jax.random.key(1), 6)
     shared = generate(model, tokens, lengths=[9, 4], max_new_tokens=10, sampling=HOT, key=keys, samples=3)
@@ -94,38 +107,6 @@ def test_samples_share_one_prefill():
 
     once, eight = flops(1, 1), flops(1, 8)
     assert eight < 2.5 * once < flops(8, 1)
-
-
-def test_inside_jit_and_vmap():
-    model, tokens, keys = random_model("mixed"), random_tokens(2, 9), jax.random.split(jax.random.key(1), 2)
-
-    def one(row, key, temperature):
-        return generate(model, row[None], max_new_tokens=6, sampling=Sampling(temperature), key=key[None]).tokens[0]
-
-    plain = generate(model, tokens, max_new_tokens=6, sampling=Sampling([0.5, 2.0]), key=keys)
-    mapped = jax.jit(jax.vmap(one))(tokens, keys, jnp.asarray([0.5, 2.0]))
-    np.testing.assert_array_equal(mapped, plain.tokens)
-
-
-def test_a_program_is_traced_again_only_for_another_bucket(monkeypatch):
-    traces, plain = [], loop.start
-    monkeypatch.setattr(loop, "start", lambda *args: traces.append(1) or plain(*args))
-    model, tokens = random_model("dense"), random_tokens(2, 40)
-    budget = functools.partial(ThinkingBudget, end_id=3, early_stop_ids=(5, 3))
-
-    def run(length, new, **options):
-        generate(model, tokens[:, :length], max_new_tokens=new, key=jax.random.key(length), **options)
-
-    run(9, 8)
-    assert len(traces) <= 1  # another test may have run this program
-    traces.clear()
-    run(16, 5, sampling=HOT)
-    run(3, 16, sampling=Sampling(temperature=[0.0, 1.0], top_p=0.5, min_p=jnp.asarray([0.1, 0.0])), lengths=[1, 3])
-    run(12, 7, stop_tokens=(1, 2, 3), thinking=budget(2))
-    run(12, 7, stop_tokens=jnp.arange(9), thinking=budget(jnp.asarray([0, 9])))
-    assert not traces
-    run(17, 7, cache_len=99)
-    assert len(traces) == 1
 
 
 @pytest.mark.parametrize("length", range(1, 300, 7))
@@ -160,77 +141,6 @@ def test_the_last_token_allowed_may_be_a_stop_token():
     last = generate(model, tokens, max_new_tokens=1).tokens[0, 0]
     out = generate(model, tokens, max_new_tokens=1, stop_tokens=[int(last)])
     assert int(out.finish_reason[0]) == 1 and int(out.lengths[0]) == 1
-
-
-@pytest.mark.parametrize("name", ["mixed", "sliding"])
-def test_a_next_turn_continues_from_the_cache(name):
-    """Rows end at different places; the second turn's tokens have different lengths; the first turn's cache stays usable."""
-    model, tokens, more = random_model(name), random_tokens(2, 9), random_tokens(2, 7, seed=5)
-    stop = int(generate(model, tokens, max_new_tokens=10).tokens[0, 4])
-    first = generate(model, tokens, lengths=[9, 6], max_new_tokens=10, stop_tokens=[stop], cache_len=80)
-    assert first.cache.capacity == 80
-    second = generate(model, more, lengths=[7, 3], max_new_tokens=10, cache=first.cache)
-    again = generate(model, more, lengths=[7, 3], max_new_tokens=10, cache=first.cache)
-    np.testing.assert_array_equal(second.tokens, again.tokens)
-    for row, (length, extra) in enumerate(zip([9, 6], [7, 3], strict=True)):
-        text = [*tokens[row, :length], *first.tokens[row, : first.lengths[row]], *more[row, :extra]]
-        fresh = generate(model, jnp.asarray([text]), max_new_tokens=10)
-        np.testing.assert_array_equal(second.tokens[row], fresh.tokens[0])
-        np.testing.assert_allclose(second.logprobs[row], fresh.logprobs[0], atol=3e-5)
-
-
-def test_a_cache_may_be_filled_to_its_last_slot_and_be_made_larger():
-    model, tokens = random_model("dense"), random_tokens(2, 9)
-    first = generate(model, tokens, max_new_tokens=7, cache_len=16)
-    assert list(first.cache.lengths) == [16, 16]
-    with pytest.raises(ValueError, match="the cache has 16 slots per row: 16 in use, 4 tokens and 5 new ones need 25"):
-        generate(model, tokens[:, :4], max_new_tokens=5, cache=first.cache)
-    second = generate(model, tokens[:, :4], max_new_tokens=5, cache=first.cache, cache_len=25)
-    text = jnp.concatenate([tokens, first.tokens, tokens[:, :4]], axis=1)
-    np.testing.assert_array_equal(second.tokens, generate(model, text, max_new_tokens=5).tokens)
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (dict(max_new_tokens=0), "max_new_tokens is 0: accepted is an integer >= 1"),
-        (dict(lengths=[9, 0]), "lengths is .* accepted are 2 integers from 1 to 9"),
-        (dict(lengths=[9]), "accepted are 2 integers from 1 to 9"),
-        (dict(sampling=HOT), "key is missing"),
-        (dict(key=jax.random.split(jax.random.key(0), 3)), r"key has shape \[3\]: accepted is one key or \[2\]"),
-        (dict(logprobs=-1), "logprobs is -1"),
-        (dict(samples=0), "samples is 0"),
-        (dict(cache_len=10), "cache_len is 10 slots per row: 0 in use, 9 tokens and 4 new ones need 13"),
-        (dict(thinking=ThinkingBudget(-1, 3, (3,))), "thinking: tokens is -1: accepted is an integer >= 0"),
-        (dict(thinking=ThinkingBudget(1, 3, ())), "thinking: early_stop_ids is empty"),
-        (dict(thinking=ThinkingBudget(np.zeros(3, int), 3, (3,))), r"thinking: tokens has shape \[3\]"),
-        (dict(cache="another"), "cache has 1 rows, tokens 2"),
-    ],
-)
-def test_arguments_that_are_refused(options, words):
-    model, tokens = random_model("dense"), random_tokens(2, 9)
-    if options.get("cache") == "another":
-        options = dict(cache=loop.init_cache(model, 1, 64))
-    with pytest.raises(ValueError, match=words):
-        inspect.unwrap(loop.generate)(model, tokens, **{"max_new_tokens": 4, **options})
-
-
-@pytest.mark.parametrize(
-    "key, stop, words",
-    [
-        (jax.random.PRNGKey(0), (), "accepted is a typed key"),
-        (None, [1.5], "stop_tokens is .*accepted is a sequence of token ids"),
-    ],
-)
-def test_keys_and_stop_tokens_that_are_refused(key, stop, words):
-    with pytest.raises(ValueError, match=words):
-        inspect.unwrap(loop.make_settings)(random_model("dense"), 2, HOT, key, stop, None, None, 4)
-
-
-@pytest.mark.parametrize("shape, dtype", [((2, 0), jnp.int32), ((9,), jnp.int32), ((2, 9), jnp.float32)])
-def test_prompts_that_are_refused(shape, dtype):
-    with pytest.raises(ValueError, match=r"accepted are integers \[B, T\]"):
-        inspect.unwrap(loop.generate)(random_model("dense"), jnp.zeros(shape, dtype), max_new_tokens=4)
 
 
 def test_padding_is_the_configs_pad_token():
