@@ -61,7 +61,7 @@ def measure_ours(name: str, dtype: str, repeats: int) -> dict[str, list[float]]:
 
     @jax.jit
     def forward(model, layers):
-        seen = model(tokens, cache=init_cache(model, 1, 256), output="hidden", layers=layers)
+        seen = model(tokens, cache=init_cache(model, 1, 256), output="hidden", fresh=True, layers=layers)
         return model.logits(seen.hidden[:, -1])
 
     return timed(

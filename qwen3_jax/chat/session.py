@@ -123,7 +123,7 @@ def _begin(
     capacity: int,
 ) -> Running:
     cache = init_cache(model, tokens.shape[0], capacity)
-    return start(model, layers, tokens, lengths, cache, settings, slots, 0, 1)
+    return start(model, layers, tokens, lengths, cache, settings, slots, 0, 1, fresh=True)
 
 
 @functools.partial(jax.jit, donate_argnums=2)

@@ -38,6 +38,7 @@ BESIDE = (
     "generation_config.json",
     "LICENSE",
 )
+TEMPLATES = "additional_chat_templates"  # a folder of chat templates by name
 
 
 @runtime_checkable
@@ -198,6 +199,8 @@ def write_beside(
         for name in BESIDE:
             if (source / name).is_file():
                 shutil.copyfile(source / name, part / name)
+        if (source / TEMPLATES).is_dir():
+            shutil.copytree(source / TEMPLATES, part / TEMPLATES)
     if tokenizer is not None:
         tokenizer.save(part)
     if not (part / "generation_config.json").exists():

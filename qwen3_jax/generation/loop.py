@@ -156,6 +156,8 @@ def start(
     slots: int,
     top: int,
     samples: int,
+    *,
+    fresh: bool = False,
 ) -> Running:
     """Take the prompts in.
 
@@ -169,6 +171,7 @@ def start(
         slots: room for new tokens.
         top: how many of the most probable tokens are kept at each step.
         samples: answers per prompt.
+        fresh: the cache is empty, and need not be read.
 
     Returns:
         A Running with no token yet.
@@ -181,7 +184,7 @@ def start(
     # A row goes on with the document that its cache ended with.
     document = jnp.take_along_axis(cache.segments, jnp.maximum(cache.lengths - 1, 0)[:, None], axis=1)
     segments = jnp.where(real, jnp.where(cache.lengths[:, None] > 0, jnp.maximum(document, 1), 1), 0).astype(jnp.int32)
-    seen = model(tokens, segment_ids=segments, cache=cache, output="hidden", layers=layers)
+    seen = model(tokens, segment_ids=segments, cache=cache, output="hidden", fresh=fresh, layers=layers)
     last = jnp.take_along_axis(seen.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     kept = written(before, seen.cache, tokens, False, before.next_forced)
     slot = jnp.arange(kept.capacity, dtype=jnp.int32)
@@ -335,6 +338,7 @@ def _generate(
 ) -> Generated:
     if unstacked:
         layers = unstack(model)
+    fresh = cache is None
     cache = init_cache(model, tokens.shape[0], capacity) if cache is None else grown(cache, capacity)
-    running = start(model, layers, tokens, lengths, cache, settings, slots, top, samples)
+    running = start(model, layers, tokens, lengths, cache, settings, slots, top, samples, fresh=fresh)
     return advance(model, layers, running, settings, settings.limit).out

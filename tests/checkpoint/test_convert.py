@@ -44,10 +44,12 @@ def test_hub_to_native_and_back_every_byte_is_the_same(tmp_path, name, dtype):
     write(tmp_path / "in", config, hub_tensors(config, dtype), files=3)
     (tmp_path / "in" / "tokenizer.json").write_text('{"carried": "over"}')
     (tmp_path / "in" / "generation_config.json").write_text('{"top_k": 20}')
+    (tmp_path / "in" / "additional_chat_templates").mkdir()
+    (tmp_path / "in" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     assert run(tmp_path / "in", tmp_path / "native", "--to", "orbax", "--verify") == 0
     assert run(tmp_path / "native", tmp_path / "out", "--to", "hf", "--verify", "--max-shard-bytes", 40_000) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "in")
-    for file in ("tokenizer.json", "generation_config.json"):
+    for file in ("tokenizer.json", "generation_config.json", "additional_chat_templates/tool_use.jinja"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "in" / file).read_bytes()
     assert Qwen3Config.from_hf(tmp_path / "out", strict=True).dtype == dtype.name
     expected = leaves(from_pretrained(tmp_path / "in"))
