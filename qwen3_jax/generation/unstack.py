@@ -43,12 +43,12 @@ def views(model: Qwen3) -> list[Layer] | None:
         if isinstance(leaf, jax.core.Tracer) or leaf.dtype != model.dtype or len(leaf.devices()) > 1:
             return None
 
-    def view(leaf: jax.Array, repeat: int) -> jax.Array:
-        # Through dlpack it would be a view too, but a process that ends right after a call then aborts: XLA's threads free
-        # such an array, and want the interpreter for it.
-        return jax.device_put(np.asarray(leaf)[repeat], next(iter(leaf.devices())), may_alias=True)
-
-    return _layers(model, view)
+    slices = [np.asarray(leaf)[i] for leaf in stacked for i in range(leaf.shape[0])]
+    # Through dlpack it would be a view too, but a process that ends right after a call then aborts: XLA's threads free
+    # such an array, and want the interpreter for it. All at once: one by one it takes three times as long.
+    placed = iter(jax.device_put(slices, next(iter(stacked[0].devices())), may_alias=True))
+    by_leaf = {id(leaf): [next(placed) for _ in range(leaf.shape[0])] for leaf in stacked}
+    return _layers(model, lambda leaf, repeat: by_leaf[id(leaf)][repeat])
 
 
 def on_cpu(model: Qwen3) -> bool:

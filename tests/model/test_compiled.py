@@ -22,6 +22,12 @@ DEEP = {
 }
 
 
+def text_size(lowered: jax.stages.Lowered) -> int:
+    text = lowered.compile().as_text()
+    assert text is not None
+    return len(text)
+
+
 def compiled_size(config: Qwen3Config, program: str) -> int:
     model, tokens = abstract_model(config, dtype=jnp.float32), jax.ShapeDtypeStruct((2, 8), jnp.int32)
     if program == "training":
@@ -29,10 +35,10 @@ def compiled_size(config: Qwen3Config, program: str) -> int:
         def loss(model, tokens):
             return model(tokens, remat="full").logits.sum()
 
-        return len(jax.jit(jax.grad(loss)).lower(model, tokens).compile().as_text())
+        return text_size(jax.jit(jax.grad(loss)).lower(model, tokens))
     cache = jax.eval_shape(lambda: init_cache(model, 2, 16))
     step = jax.jit(lambda model, tokens, cache: model(tokens, cache=cache))
-    return len(step.lower(model, jax.ShapeDtypeStruct((2, 1), jnp.int32), cache).compile().as_text())
+    return text_size(step.lower(model, jax.ShapeDtypeStruct((2, 1), jnp.int32), cache))
 
 
 @pytest.mark.parametrize("program", ["training", "decode"])

@@ -35,7 +35,8 @@ def test_the_model_and_the_kernels_run_under_x64(tmp_path):
     import jax
 
     model, tokens = random_model("mixed"), random_tokens(2, 9)
-    leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(model))}
-    np.savez(tmp_path / "kept.npz", tokens=tokens, logits=jax.jit(lambda model: model(tokens).logits)(model), **leaves)
+    kept: dict = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(model))}
+    kept |= dict(tokens=tokens, logits=jax.jit(lambda model: model(tokens).logits)(model))
+    np.savez(tmp_path / "kept.npz", **kept)
     done = subprocess.run([sys.executable, "-c", PROGRAM, tmp_path / "kept.npz"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
