@@ -23,7 +23,7 @@ HOT = Sampling(temperature=1.2, top_k=30)
 def counted(monkeypatch):
     """A list that grows by one each time a generation is traced."""
     traces, plain = [], loop.start
-    monkeypatch.setattr(loop, "start", lambda *args: traces.append(1) or plain(*args))
+    monkeypatch.setattr(loop, "start", lambda *args, **options: traces.append(1) or plain(*args, **options))
     return traces
 
 
