@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -9,7 +10,12 @@ __all__ = ["rows_matmul"]
 
 
 def rows_matmul(
-    x: Float[Array, "*B inner"], matrix: Float[Array, "_ _"], *, transpose: bool = True, dtype: DTypeLike | None = None
+    x: Float[Array, "*B inner"],
+    matrix: Float[Array, "_ _"],
+    *,
+    transpose: bool = True,
+    dtype: DTypeLike | None = None,
+    out_sharding: PartitionSpec | None = None,
 ) -> Float[Array, "*B outer"]:
     """Multiplies rows by a matrix, accumulated in float32 at least.
 
@@ -20,6 +26,7 @@ def rows_matmul(
         matrix: [outer, inner], as `[out, in]` weights lie, or [inner, outer] without `transpose`; in x's dtype.
         transpose: the orientation of the matrix.
         dtype: of the result; None is x's.
+        out_sharding: of the result, on a mesh with Explicit axes where both sides are split along inner.
 
     Returns:
         [..., outer].
@@ -27,12 +34,12 @@ def rows_matmul(
 
     def product(x: Array, matrix: Array) -> Array:
         spec = "...i,oi->...o" if transpose else "...i,io->...o"
-        return jnp.einsum(spec, x, matrix, preferred_element_type=dtype)
+        return jnp.einsum(spec, x, matrix, preferred_element_type=dtype, out_sharding=out_sharding)
 
     def two_rows(x: Array, matrix: Array) -> Array:
         row = x.reshape(1, x.shape[-1])
         return product(jnp.pad(row, ((0, 1), (0, 0))), matrix)[:1].reshape(*x.shape[:-1], -1)
 
-    if x.size != x.shape[-1] or x.dtype.itemsize != 2:
+    if x.size != x.shape[-1] or x.dtype.itemsize != 2 or out_sharding is not None:
         return product(x, matrix)
     return jax.lax.platform_dependent(x, matrix, cpu=two_rows, default=product)

@@ -13,7 +13,7 @@ from pallas_kernels.grouped_matmul import batching
 
 __all__ = ["grouped_matmul"]
 
-Implementation = Literal["reference", "blocked"]
+Implementation = Literal["reference", "blocked", "tpu"]
 
 
 def grouped_matmul(
@@ -39,8 +39,9 @@ def grouped_matmul(
         layer: scalar int32, may be traced: which layer of a stack; given iff rhs has 4 axes. Its matrices are read
             where they lie. The gradient of a stack is a whole stack that is zero elsewhere: to train, pass a layer's slice.
         transpose_rhs: the orientation of rhs.
-        implementation: "blocked" (a loop over blocks of rows) or "reference" (every group multiplies all rows); None is
-            "blocked".
+        implementation: "tpu" (megablox), "blocked" (a loop over blocks of rows) or "reference" (every group multiplies all
+            rows); None is "tpu" where the program is lowered for a TPU, elsewhere "blocked". Inside shard_map "tpu" needs
+            check_vma=False.
 
     Returns:
         [M, n] in lhs's dtype, accumulated in float32 (float64 for float64). The gradient of rhs is accumulated likewise
@@ -64,14 +65,14 @@ def grouped_matmul(
     inner = rhs.shape[-1 if transpose_rhs else -2]
     check_shape(op, "lhs", lhs, (lhs.shape[0], inner), f"M, k of rhs with transpose_rhs={transpose_rhs}")
     check_shape(op, "group_sizes", group_sizes, (rhs.shape[-3],), "G of rhs")
-    if implementation not in (None, "reference", "blocked"):
-        raise ValueError(f"{op}: implementation is {implementation!r}; accepted is None, 'reference' or 'blocked'")
+    if implementation not in (None, "reference", "blocked", "tpu"):
+        raise ValueError(f"{op}: implementation is {implementation!r}; accepted is None, 'reference', 'blocked' or 'tpu'")
     if layer is not None:
         layer = jnp.asarray(layer)
         if layer.shape != () or not jnp.issubdtype(layer.dtype, jnp.integer):
             raise ValueError(f"{op}: layer is {layer.dtype}{list(layer.shape)}; accepted is a scalar integer")
         layer = layer.astype(jnp.int32)
-    return _differentiable(lhs, rhs, group_sizes, layer, transpose_rhs, implementation or "blocked")
+    return _differentiable(lhs, rhs, group_sizes, layer, transpose_rhs, implementation or "auto")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

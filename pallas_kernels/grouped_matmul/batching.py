@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.grouped_matmul import blocked, reference
+from pallas_kernels.grouped_matmul import blocked, reference, tpu
 
 
 def grouped_matmul(
@@ -31,7 +31,7 @@ def grouped_matmul(
         group_sizes: rows of each group.
         layer: which of a stack.
         transpose_rhs: the orientation of rhs.
-        implementation: "blocked" or "reference".
+        implementation: "auto", "tpu", "blocked" or "reference".
 
     Returns:
         In lhs's dtype; rows of no group are zero.
@@ -54,7 +54,7 @@ def grouped_outer(
         right: the same rows of another array.
         group_sizes: rows of each group.
         dtype: of the result.
-        implementation: "blocked" or "reference".
+        implementation: "auto", "tpu", "blocked" or "reference".
 
     Returns:
         The sum of the outer products of each group's rows.
@@ -66,11 +66,7 @@ def grouped_outer(
 def _matmul(transpose_rhs: bool, implementation: str) -> Callable[..., Array]:
     @custom_vmap
     def run(lhs: Array, rhs: Array, group_sizes: Array, *layers: Array) -> Array:
-        layer = layers[0] if layers else None
-        if implementation == "blocked":
-            return blocked.grouped_matmul(lhs, rhs, group_sizes, layer, transpose_rhs)
-        matrices = rhs if layer is None else jax.lax.dynamic_index_in_dim(rhs, layer, 0, keepdims=False)
-        return reference.grouped_matmul(lhs, matrices, group_sizes, transpose_rhs)
+        return _chosen(functools.partial(_matmul_by, transpose_rhs), implementation, lhs, rhs, group_sizes, *layers)
 
     @run.def_vmap
     def batched(size: int, is_batched: Sequence[bool], lhs: Array, rhs: Array, sizes: Array, *layers: Array):
@@ -91,17 +87,40 @@ def _matmul(transpose_rhs: bool, implementation: str) -> Callable[..., Array]:
 
 @functools.cache
 def _outer(dtype: jnp.dtype, implementation: str) -> Callable[..., Array]:
-    chosen = blocked.grouped_outer if implementation == "blocked" else reference.grouped_outer
-
     @custom_vmap
     def run(left: Array, right: Array, group_sizes: Array) -> Array:
-        return chosen(left, right, group_sizes, dtype)
+        return _chosen(functools.partial(_outer_by, dtype), implementation, left, right, group_sizes)
 
     @run.def_vmap
     def batched(size: int, is_batched: Sequence[bool], *args: Array):
         return _one_by_one(run, is_batched, args), True
 
     return run
+
+
+def _chosen(run: Callable[..., Array], implementation: str, *args: Array) -> Array:
+    """run(implementation, *args); "auto" is decided by the platform that the program is lowered for."""
+    if implementation == "auto" and args[0].dtype not in (jnp.bfloat16, jnp.float32):
+        implementation = "blocked"  # megablox takes no others
+    if implementation != "auto":
+        return run(implementation, *args)
+    return jax.lax.platform_dependent(*args, tpu=functools.partial(run, "tpu"), default=functools.partial(run, "blocked"))
+
+
+def _matmul_by(transpose_rhs: bool, implementation: str, lhs: Array, rhs: Array, group_sizes: Array, *layers: Array) -> Array:
+    layer = layers[0] if layers else None
+    if implementation == "tpu":
+        return tpu.grouped_matmul(lhs, rhs, group_sizes, layer, transpose_rhs)
+    if implementation == "blocked":
+        return blocked.grouped_matmul(lhs, rhs, group_sizes, layer, transpose_rhs)
+    matrices = rhs if layer is None else jax.lax.dynamic_index_in_dim(rhs, layer, 0, keepdims=False)
+    return reference.grouped_matmul(lhs, matrices, group_sizes, transpose_rhs)
+
+
+def _outer_by(dtype: jnp.dtype, implementation: str, left: Array, right: Array, group_sizes: Array) -> Array:
+    return {"tpu": tpu, "blocked": blocked, "reference": reference}[implementation].grouped_outer(
+        left, right, group_sizes, dtype
+    )
 
 
 def _one_by_one(run: Callable[..., Array], is_batched: Sequence[bool], args: tuple[Array, ...]) -> Array:
