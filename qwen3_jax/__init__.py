@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qwen3_jax.generation.score import score as score
     from qwen3_jax.model.transformer import Qwen3 as Qwen3
     from qwen3_jax.parallel.abstract import abstract_model as abstract_model
+    from qwen3_jax.parallel.mesh import make_mesh as make_mesh
     from qwen3_jax.training.losses import cross_entropy as cross_entropy
     from qwen3_jax.training.losses import load_balancing_loss as load_balancing_loss
     from qwen3_jax.training.optimizer import adamw as adamw
@@ -47,6 +48,7 @@ _HOMES = {
     "init_train_state": "training.step",
     "load_balancing_loss": "training.losses",
     "load_tokenizer": "chat.tokenizer",
+    "make_mesh": "parallel.mesh",
     "make_train_step": "training.step",
     "save_pretrained": "checkpoint.pretrained",
     "score": "generation.score",

@@ -1,8 +1,10 @@
-"""What every test runs under: CPU, flax's coming defaults, exact float32 products, shapes and types checked at run time."""
+"""What every test runs under: eight CPU devices, flax's coming defaults, exact float32 products, shapes and types checked."""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Eight devices, for meshes; whatever names none runs on the first.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ["NNX_GRAPH_MODE"] = "false"
 os.environ["NNX_GRAPH_UPDATES"] = "false"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"

@@ -10,10 +10,12 @@ from jaxtyping import Array, Int
 
 from qwen3_jax.model.cache import Cache
 from qwen3_jax.model.transformer import Qwen3
+from qwen3_jax.parallel.mesh import on_mesh_of
+from qwen3_jax.parallel.rules import spec, use_rules
 
 
 def init_cache(model: Qwen3, batch: int, length: int, dtype: DTypeLike | None = None) -> Cache:
-    """An empty cache.
+    """An empty cache; of a model on a mesh, its rows and key heads are split as the model's are.
 
     Args:
         model: whose layers it serves.
@@ -25,20 +27,26 @@ def init_cache(model: Qwen3, batch: int, length: int, dtype: DTypeLike | None = 
         The cache: 2 * L * B * K * S * H values.
 
     Raises:
-        ValueError: batch or length below 1.
+        ValueError: batch or length below 1; rows that the mesh does not divide.
     """
     if batch < 1 or length < 1:
         raise ValueError(f"a cache needs at least one row and one slot, found batch={batch}, length={length}")
     config = model.config
     shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
     dtype = model.dtype if dtype is None else dtype
-    return Cache(
-        k=jnp.zeros(shape, dtype),
-        v=jnp.zeros(shape, dtype),
-        segments=jnp.zeros((batch, length), jnp.int32),
-        lengths=jnp.zeros((batch,), jnp.int32),
-        positions=jnp.zeros((batch,), jnp.int32),
-    )
+
+    def zeros(shape: tuple[int, ...], dtype: DTypeLike, *axes: str | None) -> Array:
+        return jnp.zeros(shape, dtype, out_sharding=spec(*axes))
+
+    with on_mesh_of(model), use_rules(model.rules):
+        stack = ("layers", "batch", "kv_heads", None, None)
+        return Cache(
+            k=zeros(shape, dtype, *stack),
+            v=zeros(shape, dtype, *stack),
+            segments=zeros((batch, length), jnp.int32, "batch", None),
+            lengths=zeros((batch,), jnp.int32, "batch"),
+            positions=zeros((batch,), jnp.int32, "batch"),
+        )
 
 
 @jax.tree_util.register_dataclass

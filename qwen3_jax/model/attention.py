@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -15,6 +16,8 @@ from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.cache import KeyValues
 from qwen3_jax.model.mlp import Projection
 from qwen3_jax.model.norm import RMSNorm
+from qwen3_jax.parallel.keys import keys_for_shard
+from qwen3_jax.parallel.rules import meshless, spec
 
 
 @jax.tree_util.register_dataclass
@@ -81,20 +84,63 @@ class Attention(nnx.Module):
         q = checkpoint_name(q, "attention_q")
         k = checkpoint_name(k, "attention_k").swapaxes(1, 2)
         v = checkpoint_name(self.v(x), "attention_v").swapaxes(1, 2)
+        out, cache = attend(q, k, v, places, cache, layer, self.window)
+        return self.o(checkpoint_name(out, "attention_out")), cache
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    places: Places,
+    cache: KeyValues | None,
+    layer: Int[Array, ""] | int,
+    window: int | None,
+) -> tuple[Float[Array, "B T N H"], KeyValues | None]:
+    """Write keys and values to the cache, if there is one, and attend; on a mesh each shard to its own rows and heads.
+
+    Args:
+        q: queries.
+        k: keys of the call's tokens.
+        v: values of the call's tokens.
+        places: where the tokens stand.
+        cache: keys and values of all layers, or None.
+        layer: which layer of the cache is this one's.
+        window: slots that a query sees, or None.
+
+    Returns:
+        Attention's output, and the cache with the tokens' keys and values.
+    """
+
+    def local(q, k, v, places: Places, cache: KeyValues | None, layer) -> tuple[Array, KeyValues | None]:
         if cache is not None:
             cache = KeyValues(_written(cache.k, k, layer, places.starts), _written(cache.v, v, layer, places.starts))
         if cache is not None and not places.fresh:
-            k, v = (jax.lax.dynamic_index_in_dim(side, layer, keepdims=False).astype(x.dtype) for side in (cache.k, cache.v))
+            k, v = (jax.lax.dynamic_index_in_dim(side, layer, keepdims=False).astype(q.dtype) for side in (cache.k, cache.v))
+        k, v, key_segments = keys_for_shard(q, k, v, places.key_segments, reads_cache=cache is not None and not places.fresh)
         out = pallas_kernels.attention(
             q,
             k,
             v,
             q_segments=places.segments,
-            k_segments=places.key_segments,
+            k_segments=key_segments,
             q_slots=places.slots,
-            window=self.window,
+            window=window,
         )
-        return self.o(checkpoint_name(out, "attention_out")), cache
+        return out, cache
+
+    layer = jnp.asarray(layer, jnp.int32)
+    if meshless():
+        return local(q, k, v, places, cache, layer)
+    tokens, rows = spec("batch", "seq"), spec("batch")
+    heads, keys = spec("batch", "seq", "heads", None), spec("batch", "kv_heads", "seq", None)
+    stacks = None if cache is None else KeyValues(*[spec("layers", "batch", "kv_heads", None, None)] * 2)
+    where = Places(cos=None, sin=None, slots=tokens, segments=tokens, key_segments=tokens, starts=rows, fresh=places.fresh)
+    given = dataclasses.replace(places, cos=None, sin=None)
+    run = jax.shard_map(
+        local, in_specs=(heads, keys, keys, where, stacks, PartitionSpec()), out_specs=(heads, stacks), check_vma=False
+    )
+    return run(q, k, v, given, cache, layer)
 
 
 def _written(

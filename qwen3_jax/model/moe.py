@@ -3,14 +3,13 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.mlp import Projection
 from qwen3_jax.model.param import ExpertParam, normal_param
+from qwen3_jax.parallel.experts import apply_experts
 
 
 class MoE(nnx.Module):
@@ -49,13 +48,8 @@ class MoE(nnx.Module):
         """
         logits = self.router(x).astype(jnp.float32)
         weights, experts = self.route(logits)
-        out = self.apply_experts(
-            x.reshape(-1, x.shape[-1]),
-            weights.reshape(-1, self.top_k).astype(x.dtype),
-            experts.reshape(-1, self.top_k),
-            layer,
-        )
-        return out.reshape(x.shape), logits
+        matrices = (self.gate[...], self.up[...], self.down[...])
+        return apply_experts(matrices, x, weights, experts, layer if self.gate.ndim == 4 else None), logits
 
     def route(self, logits: Float[Array, "*B E"]) -> tuple[Float[Array, "*B k"], Int[Array, "*B k"]]:
         """Float32 weights and indices of each token's experts: softmax over all experts, then the k largest."""
@@ -63,27 +57,3 @@ class MoE(nnx.Module):
         if self.normalise:
             weights = weights / weights.sum(-1, keepdims=True)
         return weights, experts
-
-    def apply_experts(
-        self,
-        x: Float[Array, "M D"],
-        weights: Float[Array, "M k"],
-        experts: Int[Array, "M k"],
-        layer: Int[Array, ""] | int | None,
-    ) -> Float[Array, "M D"]:
-        """Sort rows by expert, three grouped matmuls, un-sort, weighted sum."""
-        flat = experts.reshape(-1)
-        order = jnp.argsort(flat)  # stable: equal inputs take equal paths
-        sizes = jnp.bincount(flat, length=self.gate.shape[-3]).astype(jnp.int32)
-        stack_layer = layer if self.gate.ndim == 4 else None
-
-        def grouped(rows: Float[Array, "R n"], weight: nnx.Param) -> Float[Array, "R m"]:
-            return pallas_kernels.grouped_matmul(rows, weight[...], sizes, layer=stack_layer, transpose_rhs=True)
-
-        rows = x[order // self.top_k]
-        gate = checkpoint_name(grouped(rows, self.gate), "moe_gate")
-        up = checkpoint_name(grouped(rows, self.up), "moe_up")
-        out = grouped(jax.nn.silu(gate) * up, self.down)
-        out = out[jnp.argsort(order)].reshape(x.shape[0], self.top_k, x.shape[1])
-        out = jnp.einsum("mkd,mk->md", out, weights, preferred_element_type=jnp.float32)
-        return out.astype(x.dtype)

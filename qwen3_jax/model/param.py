@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from qwen3_jax.parallel.rules import meshless
+from qwen3_jax.parallel.rules import placed, spec
 
 
 class ExpertParam(nnx.Param):
@@ -15,7 +15,7 @@ class ExpertParam(nnx.Param):
 def normal_param(
     key: jax.Array,
     shape: tuple[int, ...],
-    axes: tuple[str, ...],
+    axes: tuple[str | None, ...],
     *,
     stddev: float,
     dtype: DTypeLike,
@@ -34,10 +34,10 @@ def normal_param(
     Returns:
         The parameter.
     """
-    return _param(kind, stddev * jax.random.normal(key, shape, dtype), axes)
+    return _param(kind, stddev * jax.random.normal(key, shape, dtype, out_sharding=spec(*axes)), axes)
 
 
-def constant_param(value: float, shape: tuple[int, ...], axes: tuple[str, ...], dtype: DTypeLike) -> nnx.Param:
+def constant_param(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: DTypeLike) -> nnx.Param:
     """A norm's weight (1) or a bias (0).
 
     Args:
@@ -52,8 +52,8 @@ def constant_param(value: float, shape: tuple[int, ...], axes: tuple[str, ...], 
     return _param(nnx.Param, jnp.full(shape, value, dtype), axes)
 
 
-def _param(kind: type[nnx.Param], value: jax.Array, axes: tuple[str, ...]) -> nnx.Param:
+def _param(kind: type[nnx.Param], value: jax.Array, axes: tuple[str | None, ...]) -> nnx.Param:
     if len(axes) != value.ndim:
         raise ValueError(f"{value.ndim} axes of shape {value.shape} need as many names, found {axes}")
-    # Without a mesh flax would refuse names that it cannot turn into a sharding at once.
-    return kind(value, out_sharding=axes, eager_sharding=not meshless())
+    # Laid out here by our own table: flax's has no row that depends on an array's other axes.
+    return kind(placed(value, *axes), out_sharding=axes, eager_sharding=False)

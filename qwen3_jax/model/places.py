@@ -4,6 +4,9 @@ Padding is segment 0; documents are 1, 2, ... A document is the tokens of one id
 positions begin at 0. An id does not come back after another document's.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -12,6 +15,85 @@ from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.attention import Places
 from qwen3_jax.model.cache import Cache
 from qwen3_jax.model.rope import rope_tables
+from qwen3_jax.parallel.keys import unzigzag_shards, zigzag
+from qwen3_jax.parallel.rules import active_rules, by_rows, meshless, placed, spec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Where each row of a cache stands after a call: what Cache calls by the same names; None without a cache."""
+
+    segments: Any
+    lengths: Any
+    positions: Any
+
+
+def spread(
+    config: Qwen3Config,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    cache: Cache | None,
+    fresh: bool,
+) -> tuple[Int[Array, "B T"], Places, Rows | None]:
+    """Tokens and their places, on a mesh shared out over its rows and, in the order of `zigzag`, along the sequence.
+
+    Args:
+        config: the model's.
+        tokens: the words.
+        positions: as of `place`.
+        segment_ids: as of `place`.
+        cache: as of `place`.
+        fresh: as of `place`.
+
+    Returns:
+        The tokens, their places, and where each row of the cache stands after them.
+    """
+    # Keys and values are not read here, and their first axis is not the batch.
+    slim = None if cache is None else dataclasses.replace(cache, k=None, v=None)
+
+    def run(tokens, positions, segment_ids, cache):
+        places, lengths, following = place(config, tokens, positions, segment_ids, cache, fresh)
+        rows = None if cache is None else Rows(written_segments(cache, places.segments), lengths, following)
+        return places, rows
+
+    places, rows = by_rows(run, tokens, positions, segment_ids, slim)
+    if meshless():
+        return tokens, places, rows
+    parts = active_rules().shards("seq", jax.sharding.get_abstract_mesh())
+
+    def along(x: Array) -> Array:
+        """Split along the sequence."""
+        x = zigzag(x, 1, parts) if parts > 1 else x
+        return placed(x, "batch", "seq", *[None] * (x.ndim - 2))
+
+    places = dataclasses.replace(
+        places,
+        cos=along(places.cos),
+        sin=along(places.sin),
+        slots=along(places.slots),
+        segments=along(places.segments),
+        # A cache's slots are whole on every shard.
+        key_segments=places.key_segments if cache is not None and not fresh else along(places.key_segments),
+    )
+    return along(placed(tokens, "batch", None)), places, rows
+
+
+def in_text_order(x: Array, axis: int) -> Array:
+    """An activation [..., B, T, n] of a call, whose sequence axis is this one, in the order of the text.
+
+    Args:
+        x: in the order that `spread` gives tokens.
+        axis: the sequence's; the batch's is the one before.
+
+    Returns:
+        x itself where the sequence is not split.
+    """
+    if meshless() or active_rules().shards("seq", jax.sharding.get_abstract_mesh()) == 1:
+        return x
+    layout = spec(*[None] * (axis - 1), "batch", "seq", *[None] * (x.ndim - axis - 1))
+    return jax.shard_map(lambda x: unzigzag_shards(x, axis), in_specs=layout, out_specs=layout, check_vma=False)(x)
 
 
 def place(

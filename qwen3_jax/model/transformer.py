@@ -18,8 +18,10 @@ from qwen3_jax.model.cache import Cache, KeyValues
 from qwen3_jax.model.embed import Embed
 from qwen3_jax.model.norm import RMSNorm
 from qwen3_jax.model.param import ExpertParam
-from qwen3_jax.model.places import place, written_segments
+from qwen3_jax.model.places import in_text_order, spread
 from qwen3_jax.model.remat import rematerialised
+from qwen3_jax.parallel.fit import check_batch, fitted
+from qwen3_jax.parallel.rules import RULES, Rules, meshless, placed, use_rules
 
 Carry = tuple[jax.Array, KeyValues | None]
 
@@ -78,17 +80,29 @@ class Qwen3(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.bfloat16,
         param_dtype: DTypeLike = jnp.float32,
+        rules: Rules = RULES,
     ):
-        """Declare and initialise every parameter.
+        """Declare and initialise every parameter, under a mesh laid out on it.
 
         Args:
             config: the model's shape.
             rngs: gives one key; none is kept.
             dtype: compute dtype.
             param_dtype: storage dtype of parameters.
+            rules: which mesh axes split what, where a mesh is set.
+
+        Raises:
+            MeshError: the model does not fit the mesh, with the arithmetic.
         """
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        mesh = jax.sharding.get_abstract_mesh()
+        self.rules = rules if mesh.empty else fitted(rules, config, mesh)
+        with use_rules(self.rules):
+            self._declare(rngs, param_dtype)
+
+    def _declare(self, rngs: nnx.Rngs, param_dtype: DTypeLike) -> None:
+        config = self.config
         segments = config.segments()
         embed_key, head_key, *keys = jax.random.split(rngs.params(), 2 + len(segments))
         self.embed = Embed(config, embed_key, param_dtype=param_dtype)
@@ -139,37 +153,74 @@ class Qwen3(nnx.Module):
             ValueError: inputs of wrong rank, dtype or shape, a cache with too few slots, an unknown output or policy.
         """
         _check_inputs(self.config, tokens, positions, segment_ids, cache, output, fresh)
-        places, lengths, next_positions = place(self.config, tokens, positions, segment_ids, cache, fresh)
+        # A call with a cache keeps sequences whole: one token is not split.
+        rules = self.rules if cache is None else self.rules.replace(seq=None)
+        with use_rules(rules):
+            if not meshless():
+                check_batch(rules, jax.sharding.get_abstract_mesh(), *tokens.shape, context=cache is None)
+            return self._run(tokens, positions, segment_ids, cache, output, fresh, remat, layers)
+
+    def _run(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None,
+        segment_ids: Int[Array, "B T"] | None,
+        cache: Cache | None,
+        output: str,
+        fresh: bool,
+        remat: str,
+        layers: Sequence[Layer] | None,
+    ) -> Output:
+        tokens, places, rows = spread(self.config, tokens, positions, segment_ids, cache, fresh)
         x = self.embed(tokens, self.dtype)
         carry: Carry = (x, None if cache is None else KeyValues(cache.k, cache.v))
         if layers is None:
             carry, routers = self._scan(carry, places, remat)
         else:
             blocks, repeats = [layer.block for layer in layers], [layer.repeat for layer in layers]
-            carry, routers = _run(blocks, carry, places, range(len(layers)), repeats)
+            carry, routers = _layers(blocks, carry, places, range(len(layers)), repeats)
             routers = [jnp.stack(routers)] if routers else []
         x, key_values = carry
-        hidden = self.norm(x)
+        hidden = in_text_order(self.norm(x), axis=1)
         batch, length = tokens.shape
         empty = jnp.zeros((0, batch, length, self.config.num_experts), jnp.float32)
-        if cache is not None and key_values is not None:
-            cache = Cache(
-                k=key_values.k,
-                v=key_values.v,
-                segments=written_segments(cache, places.segments),
-                lengths=lengths,
-                positions=next_positions,
-            )
+        if rows is not None and key_values is not None:
+            cache = Cache(key_values.k, key_values.v, rows.segments, rows.lengths, rows.positions)
         return Output(
-            logits=self.logits(hidden) if output == "logits" else None,
+            logits=self._head.logits(hidden) if output == "logits" else None,
             hidden=hidden,
-            router=jnp.concatenate(routers) if routers else empty,
+            router=in_text_order(jnp.concatenate(routers), axis=2) if routers else empty,
             cache=cache,
         )
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Float32 logits of hidden states that the final norm has passed."""
-        return (self.embed if self.lm_head is None else self.lm_head).logits(hidden)
+        """Float32 logits of hidden states that the final norm has passed; on a mesh sequences are whole in them."""
+        if meshless():
+            return self._head.logits(hidden)
+        with use_rules(self.rules.replace(seq=None)):
+            rows = placed(hidden.reshape(hidden.shape[0], -1, hidden.shape[-1]), "batch", None, None)
+            return self._head.logits(rows).reshape(*hidden.shape[:-1], -1)
+
+    def losses(
+        self, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+        """What training needs of the logits, of which never more than a block of tokens' are in memory.
+
+        Args:
+            hidden: states that the final norm has passed.
+            labels: the word that follows each; a negative one's loss should not be counted.
+
+        Returns:
+            Float32 negative log-probability of each label, and log of each softmax's normaliser.
+        """
+        with use_rules(self.rules):
+            if not meshless():
+                labels = placed(labels, "batch", "seq")
+            return self._head.losses(hidden, labels)
+
+    @property
+    def _head(self) -> Embed:
+        return self.embed if self.lm_head is None else self.lm_head
 
     def _scan(self, carry: Carry, places: Places, remat: str) -> tuple[Carry, list[jax.Array]]:
         """All segments, one scan each; router logits [layers of the segment, B, T, E] of each segment that has experts."""
@@ -187,7 +238,7 @@ class Qwen3(nnx.Module):
                 parts = (experts, sliced) if whole else sliced
                 blocks = nnx.merge(graph, *parts).blocks
                 indices = [first + repeat * size + i for i in range(size)]
-                carry, router = _run(blocks, carry, places, indices, [repeat if whole else None] * size)
+                carry, router = _layers(blocks, carry, places, indices, [repeat if whole else None] * size)
                 return carry, jnp.stack(router) if router else None
 
             steps = (jnp.arange(segment.repeats), rest if whole else (experts, rest))
@@ -198,7 +249,7 @@ class Qwen3(nnx.Module):
         return carry, routers
 
 
-def _run(
+def _layers(
     blocks: Sequence[Block],
     carry: Carry,
     places: Places,

@@ -1,33 +1,145 @@
 """The one table from logical axes to mesh axes.
 
 A parameter or activation names what its axes mean ("embed", "heads", "batch"); only this file says over which mesh axes
-they are split. Outside a mesh every answer is None, so the same code runs in a notebook.
+they are split. Outside a mesh every answer is None, so the same code runs in a notebook. A model carries its table, so that a
+run may override rows and two models may differ.
 """
 
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from qwen3_jax.parallel.mesh import AXES, MeshError
 
 MeshAxes = str | tuple[str, ...] | None
 
-# Parameters first, then activations. None: never split.
-RULES: tuple[tuple[str, MeshAxes], ...] = (
-    ("layers", None),
-    ("vocab", "tensor"),
-    ("embed", "fsdp"),
-    ("heads", "tensor"),
-    ("kv_heads", "tensor"),
-    ("head_dim", None),
-    ("mlp", "tensor"),
-    ("experts", "expert"),
-    ("router", None),
-    ("norm", None),
-    ("batch", ("data", "fsdp", "expert")),
-    ("seq", "context"),
-    ("act_embed", None),
-    ("act_heads", "tensor"),
-    ("act_mlp", "tensor"),
-    ("act_vocab", "tensor"),
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Logical axis -> mesh axes, hashable: a static part of a model.
+
+    Attributes:
+        rows: pairs of a logical axis and the mesh axes that it is split over, in order; () is never split.
+    """
+
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+
+    @functools.cached_property
+    def table(self) -> dict[str, tuple[str, ...]]:
+        """The rows as a dictionary."""
+        return dict(self.rows)
+
+    def replace(self, **rows: MeshAxes) -> Rules:
+        """These rules with other mesh axes for some logical axes.
+
+        Args:
+            **rows: logical axis -> a mesh axis, several, or None.
+
+        Returns:
+            The new table.
+
+        Raises:
+            MeshError: a logical axis that the table lacks, a mesh axis that does not exist.
+        """
+        table = dict(self.table)
+        for name, axes in rows.items():
+            if name not in table:
+                raise MeshError(f"rule for {name!r}: no such logical axis; accepted are {', '.join(table)}")
+            parts = (axes,) if isinstance(axes, str) else tuple(axes or ())
+            for part in parts:
+                if part not in AXES:
+                    raise MeshError(f"rule {name} -> {part!r}: no such mesh axis; accepted are {', '.join(AXES)}")
+            table[name] = parts
+        return Rules(tuple(table.items()))
+
+    def axes(self, name: str | None, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+        """The mesh axes that a logical axis is split over; those that the mesh lacks are left out.
+
+        Args:
+            name: a logical axis, or None for an axis that is never split.
+            mesh: the mesh.
+
+        Returns:
+            Mesh axes in the mesh's order, those of size 1 included.
+
+        Raises:
+            MeshError: a name that the table lacks.
+        """
+        if name is None:
+            return ()
+        if name not in self.table:
+            raise MeshError(f"no sharding rule for the logical axis {name!r}; known: {', '.join(self.table)}")
+        return tuple(axis for axis in mesh.axis_names if axis in self.table[name])
+
+    def shards(self, name: str, mesh: Mesh | AbstractMesh) -> int:
+        """Into how many parts the mesh splits a logical axis."""
+        return math.prod(mesh.shape[axis] for axis in self.axes(name, mesh))
+
+    def spec(self, *names: str | None, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+        """PartitionSpec of an array whose axes have these logical names.
+
+        A mesh axis splits one axis of an array: the first that asks for it.
+
+        Args:
+            *names: one logical axis per array axis; None for an axis that is never split.
+            mesh: the mesh.
+
+        Returns:
+            The spec.
+        """
+        used: set[str] = set()
+        parts = []
+        for name in names:
+            part = tuple(axis for axis in self.axes(name, mesh) if axis not in used)
+            used.update(part)
+            parts.append(part[0] if len(part) == 1 else part or None)
+        return PartitionSpec(*parts)
+
+
+# Parameters first. The last two are of activations alone; along heads and width they are split as parameters are, and along
+# embed they are whole.
+RULES = Rules(
+    (
+        ("layers", ()),
+        ("vocab", ("fsdp", "tensor")),  # a word's row stays whole where it is: tokens travel to it
+        ("embed", ("fsdp",)),
+        ("heads", ("tensor",)),
+        ("kv_heads", ("tensor",)),
+        ("head_dim", ()),
+        ("mlp", ("tensor",)),
+        ("experts", ("expert",)),
+        ("router", ()),
+        ("norm", ()),
+        ("batch", ("data", "fsdp", "expert")),
+        ("seq", ("context",)),
+    )
 )
+
+_active: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=RULES)
+
+
+@contextlib.contextmanager
+def use_rules(rules: Rules) -> Iterator[None]:
+    """Let `spec` answer by this table within the block."""
+    token = _active.set(rules)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def active_rules() -> Rules:
+    """The table that `spec` answers by."""
+    return _active.get()
 
 
 def meshless() -> bool:
@@ -36,7 +148,7 @@ def meshless() -> bool:
 
 
 def spec(*names: str | None) -> PartitionSpec | None:
-    """PartitionSpec of an array whose axes have these logical names.
+    """PartitionSpec of an array whose axes have these logical names, by the active table.
 
     Args:
         *names: one logical axis name per array axis; None for an axis that is never split.
@@ -45,18 +157,38 @@ def spec(*names: str | None) -> PartitionSpec | None:
         The spec under the current mesh; mesh axes that the mesh lacks are left out. None where no mesh is set.
 
     Raises:
-        ValueError: a name that the table lacks.
+        MeshError: a name that the table lacks.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return None
-    table = dict(RULES)
-    axes: list[MeshAxes] = []
-    for name in names:
-        if name is not None and name not in table:
-            raise ValueError(f"no sharding rule for the logical axis {name!r}; known: {', '.join(table)}")
-        wanted = None if name is None else table[name]
-        parts = (wanted,) if isinstance(wanted, str) else wanted or ()
-        present = tuple(part for part in parts if part in mesh.axis_names)
-        axes.append(present[0] if len(present) == 1 else present or None)
-    return PartitionSpec(*axes)
+    return None if mesh.empty else active_rules().spec(*names, mesh=mesh)
+
+
+def placed(x: jax.Array, *names: str | None) -> jax.Array:
+    """The array laid out by logical axes: gathered where it was split and these are not, and the other way round.
+
+    Args:
+        x: any array.
+        *names: one logical axis name per array axis; None for an axis that shall be whole.
+
+    Returns:
+        x itself where no mesh is set.
+    """
+    wanted = spec(*names)
+    return x if wanted is None else jax.sharding.reshard(x, wanted)
+
+
+def by_rows(run: Callable[..., Any], *args: Any) -> Any:
+    """Call a function whose every argument and result has the batch as its first axis, on each shard's rows alone.
+
+    Args:
+        run: works on each row by itself.
+        *args: pytrees of arrays.
+
+    Returns:
+        run(*args).
+    """
+    if meshless():
+        return run(*args)
+    rows = spec("batch")
+    args = jax.tree.map(lambda x: jax.sharding.reshard(x, rows), args)
+    return jax.shard_map(run, in_specs=rows, out_specs=rows, check_vma=False)(*args)

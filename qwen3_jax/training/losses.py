@@ -28,10 +28,32 @@ def cross_entropy(
     _check_tokens("logits", logits.shape[:-1], labels=labels, mask=mask)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-    loss = normaliser - chosen + z_loss * jnp.square(normaliser)
-    weights = jnp.ones_like(loss) if mask is None else mask.astype(loss.dtype)
+    return mean_loss(normaliser - chosen, normaliser, labels, mask, z_loss)
+
+
+def mean_loss(
+    losses: Float[Array, "B T"],
+    normaliser: Float[Array, "B T"],
+    labels: Int[Array, "B T"],
+    mask: Float[Array, "B T"] | Int[Array, "B T"] | None = None,
+    z_loss: float = 0.0,
+) -> Float[Array, ""]:
+    """Mean over the tokens that count of what `Qwen3.losses` gives.
+
+    Args:
+        losses: negative log-probability of each label.
+        normaliser: log of each softmax's normaliser.
+        labels: the words; a negative one leaves its token out.
+        mask: weight of each token; all count when None.
+        z_loss: weight of the squared normaliser.
+
+    Returns:
+        A scalar, as `cross_entropy`.
+    """
+    losses = losses + z_loss * jnp.square(normaliser)
+    weights = jnp.ones_like(losses) if mask is None else mask.astype(losses.dtype)
     weights = jnp.where(labels < 0, 0, weights)
-    return (loss * weights).sum() / _at_least_something(weights.sum())
+    return (losses * weights).sum() / _at_least_something(weights.sum())
 
 
 def load_balancing_loss(
@@ -65,11 +87,11 @@ def load_balancing_loss(
     probabilities = jax.nn.softmax(router.astype(jnp.float32), axis=-1)
     _, chosen = jax.lax.top_k(probabilities, top_k)
     weights = jnp.ones((batch, length), jnp.float32) if mask is None else mask.astype(jnp.float32)
-    weights = jnp.broadcast_to(weights, (layers, batch, length))
-    rows = _at_least_something(weights.sum())
-    spread = jnp.broadcast_to(weights[..., None], chosen.shape)
-    share = jnp.zeros((num_experts,), jnp.float32).at[chosen.reshape(-1)].add(spread.reshape(-1)) / rows
-    mean = jnp.einsum("lbte,lbt->e", probabilities, weights) / rows
+    rows = _at_least_something(layers * weights.sum())
+    # Comparisons and sums rather than a scatter, whose result no mesh could split.
+    hits = (chosen[..., None] == jnp.arange(num_experts)).sum(axis=-2) * weights[None, :, :, None]
+    share = hits.sum(axis=(0, 1, 2)) / rows
+    mean = (probabilities * weights[None, :, :, None]).sum(axis=(0, 1, 2)) / rows
     return num_experts * (share * mean).sum()
 
 

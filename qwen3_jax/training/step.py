@@ -1,6 +1,7 @@
 """One step of training, as a pure function of a state and a batch."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.transformer import Qwen3
 from qwen3_jax.parallel.abstract import abstract_model
-from qwen3_jax.training.losses import cross_entropy, load_balancing_loss
+from qwen3_jax.parallel.mesh import mesh_of, on_mesh_of
+from qwen3_jax.parallel.rules import RULES, Rules
+from qwen3_jax.training.losses import load_balancing_loss, mean_loss
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +57,8 @@ class Batch:
 def init_train_state(model: Qwen3, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; its parameters are the model's own arrays, which the first step takes.
 
-    A step donates its state: use `trained_model` afterwards, not the model given here.
+    A step donates its state: use `trained_model` afterwards, not the model given here. On a mesh the optimizer's state lies as
+    the parameters do.
 
     Args:
         model: where training begins.
@@ -63,7 +68,8 @@ def init_train_state(model: Qwen3, optimizer: optax.GradientTransformation) -> T
         The state.
     """
     params = nnx.state(model, nnx.Param)
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+    with on_mesh_of(params):
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=jax.jit(optimizer.init)(params))
 
 
 def trained_model(config: Qwen3Config, state: TrainState, *, dtype: DTypeLike = jnp.bfloat16) -> Qwen3:
@@ -77,7 +83,13 @@ def trained_model(config: Qwen3Config, state: TrainState, *, dtype: DTypeLike = 
     Returns:
         The model; it shares the state's arrays.
     """
-    return nnx.merge(nnx.split(abstract_model(config, dtype=dtype), nnx.Param)[0], state.params)
+    return nnx.merge(_graph(config, mesh_of(state.params), RULES, jnp.dtype(dtype)), state.params)
+
+
+@functools.cache
+def _graph(config: Qwen3Config, mesh: Mesh | None, rules: Rules, dtype: jnp.dtype) -> Any:
+    """All of a model but its parameters: what a mesh and the rules make of the config."""
+    return nnx.split(abstract_model(config, mesh, rules=rules, dtype=dtype), nnx.Param)[0]
 
 
 def make_train_step(
@@ -87,8 +99,9 @@ def make_train_step(
     dtype: DTypeLike = jnp.bfloat16,
     remat: str = "full",
     z_loss: float = 0.0,
+    rules: Rules = RULES,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """A jitted step of gradient descent, its state donated.
+    """A jitted step of gradient descent, its state donated; it runs on the mesh that the state lies on.
 
     Args:
         config: the model's shape; `router_aux_loss_coef` weighs the load-balancing loss of MoE layers.
@@ -96,29 +109,37 @@ def make_train_step(
         dtype: compute dtype; parameters keep their own.
         remat: what the backward pass keeps (qwen3_jax.model.remat).
         z_loss: weight of the z-loss.
+        rules: which mesh axes split what; the model's own.
 
     Returns:
         step(state, batch) -> (state, metrics); metrics are float32: loss (cross-entropy), balance_loss, grad_norm, and
         expert_load [L_moe, E], the share of each layer's rows that each expert got.
     """
-    graph = nnx.split(abstract_model(config, dtype=dtype), nnx.Param)[0]
 
-    def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        out = nnx.merge(graph, params)(batch.tokens, segment_ids=batch.segment_ids, remat=remat)
+    def loss_fn(params: Any, batch: Batch, graph: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        model = nnx.merge(graph, params)
+        out = model(batch.tokens, segment_ids=batch.segment_ids, output="hidden", remat=remat)
         real = None if batch.segment_ids is None else (batch.segment_ids != 0).astype(jnp.float32)
-        loss = cross_entropy(out.logits, batch.labels, batch.mask, z_loss)
+        losses, normaliser = model.losses(out.hidden, batch.labels)
+        loss = mean_loss(losses, normaliser, batch.labels, batch.mask, z_loss)
         balance = load_balancing_loss(out.router, config.num_experts, config.num_experts_per_tok, real)
         metrics = dict(loss=loss, balance_loss=balance, expert_load=expert_load(out.router, config.num_experts_per_tok, real))
         return loss + config.router_aux_loss_coef * balance, metrics
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+    @functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
+    def step(state: TrainState, batch: Batch, graph: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, graph)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    def run(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        graph = _graph(config, mesh_of(state.params), rules, jnp.dtype(dtype))
+        with on_mesh_of(state.params):
+            return step(state, batch, graph)
+
+    return run
 
 
 def expert_load(router: jax.Array, top_k: int, mask: jax.Array | None = None) -> jax.Array:
@@ -137,8 +158,6 @@ def expert_load(router: jax.Array, top_k: int, mask: jax.Array | None = None) ->
         return jnp.zeros((0, experts), jnp.float32)
     _, chosen = jax.lax.top_k(router, top_k)
     weights = jnp.ones(router.shape[1:3], jnp.float32) if mask is None else mask
-    weights = jnp.broadcast_to(weights[None, :, :, None], chosen.shape)
-    counts = jax.vmap(lambda index, weight: jnp.zeros((experts,)).at[index].add(weight))(
-        chosen.reshape(layers, -1), weights.reshape(layers, -1)
-    )
+    hits = (chosen[..., None] == jnp.arange(experts)).sum(axis=-2) * weights[None, :, :, None]
+    counts = hits.sum(axis=(1, 2))
     return counts / jnp.maximum(counts.sum(-1, keepdims=True), 1.0)

@@ -1,0 +1,76 @@
+"""Whether a model fits a mesh under a table of rules, told before anything is made, with the arithmetic."""
+
+from jax.sharding import AbstractMesh, Mesh
+
+from qwen3_jax.config import Qwen3Config
+from qwen3_jax.parallel.mesh import MeshError
+from qwen3_jax.parallel.rules import Rules
+
+
+def fitted(rules: Rules, config: Qwen3Config, mesh: Mesh | AbstractMesh) -> Rules:
+    """The rules for this model on this mesh: key heads are whole on every shard where they are fewer than the shards.
+
+    Args:
+        rules: the table.
+        config: the model's.
+        mesh: the mesh.
+
+    Returns:
+        The table to be used.
+
+    Raises:
+        MeshError: a size that the mesh does not divide; experts over an axis that tokens are not split over.
+    """
+    _divides(rules, mesh, "heads", config.num_attention_heads, "query heads")
+    heads, keys = rules.shards("heads", mesh), config.num_key_value_heads
+    if keys % rules.shards("kv_heads", mesh):
+        if heads % keys:
+            raise MeshError(
+                f"{keys} key-value heads over {_said(rules, mesh, 'kv_heads')}: accepted is a divisor of {keys}, which splits "
+                "them, or a multiple, which keeps them whole on every shard"
+            )
+        rules = rules.replace(kv_heads=None)
+    _divides(rules, mesh, "embed", config.hidden_size, "hidden_size")
+    kinds = {kind.mlp for segment in config.segments() for kind in segment.unit}
+    if "dense" in kinds:
+        _divides(rules, mesh, "mlp", config.intermediate_size, "intermediate_size")
+    if "moe" in kinds:
+        _divides(rules, mesh, "mlp", config.moe_intermediate_size, "moe_intermediate_size")
+        _divides(rules, mesh, "experts", config.num_experts, "experts")
+        tokens = (*rules.axes("batch", mesh), *rules.axes("seq", mesh))
+        for axis in rules.axes("experts", mesh):
+            if axis not in tokens and mesh.shape[axis] > 1:
+                raise MeshError(f"experts over {axis}: accepted are axes that tokens are split over: {', '.join(tokens)}")
+    return rules
+
+
+def check_batch(rules: Rules, mesh: Mesh | AbstractMesh, batch: int, length: int, context: bool) -> None:
+    """Refuse rows that a mesh cannot share out.
+
+    Args:
+        rules: the table.
+        mesh: the mesh.
+        batch: rows.
+        length: tokens per row.
+        context: whether sequences are split.
+
+    Raises:
+        MeshError: the arithmetic.
+    """
+    _divides(rules, mesh, "batch", batch, "rows")
+    shards = rules.shards("seq", mesh)
+    if context and shards > 1 and length % (2 * shards):
+        over = _said(rules, mesh, "seq")
+        raise MeshError(f"{length} tokens per row over {over}: accepted is a multiple of {2 * shards}, two pieces a shard")
+
+
+def _divides(rules: Rules, mesh: Mesh | AbstractMesh, name: str, size: int, what: str) -> None:
+    shards = rules.shards(name, mesh)
+    if size % shards:
+        raise MeshError(f"{size} {what} over {_said(rules, mesh, name)}: {size} / {shards} leaves {size % shards}")
+
+
+def _said(rules: Rules, mesh: Mesh | AbstractMesh, name: str) -> str:
+    axes = [axis for axis in rules.axes(name, mesh) if mesh.shape[axis] > 1]
+    total = f" = {rules.shards(name, mesh)} shards" if len(axes) > 1 else ""
+    return " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes) + total

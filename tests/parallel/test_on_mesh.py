@@ -1,0 +1,173 @@
+"""The same numbers on any mesh: logits, router, loss and every gradient beside one device's."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from qwen3_jax import Batch, Qwen3, abstract_model, adamw, init_cache, init_train_state, make_mesh, make_train_step
+from qwen3_jax.parallel.rules import RULES, Rules
+from qwen3_jax.training.losses import load_balancing_loss, mean_loss
+from tests.model.models import CONFIGS, random_model
+
+ROWS, LENGTH = 8, 64  # 512 tokens
+CLOSE = 1e-5  # of the largest value
+
+
+def on_mesh(model: Qwen3, mesh: jax.sharding.Mesh, rules: Rules = RULES) -> Qwen3:
+    """The model's parameters laid out on the mesh; rows that pad the vocabulary hold what must not be read."""
+    shapes = abstract_model(model.config, mesh, rules=rules, dtype=model.dtype)
+
+    def placed(leaf: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        more = [(0, wanted - found) for found, wanted in zip(leaf.shape, shape.shape, strict=True)]
+        return jax.device_put(jnp.pad(leaf, more, constant_values=1e4), shape.sharding)
+
+    leaves = [placed(*pair) for pair in zip(jax.tree.leaves(model), jax.tree.leaves(shapes), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+@functools.cache
+def skewed(name: str) -> Qwen3:
+    """A random model whose experts are used unevenly, for its router's rows differ in size."""
+    model = jax.tree.map(jnp.copy, random_model(name))  # the tests share that one
+    for unit in model.segments:
+        for block in unit.blocks:
+            if block.is_moe:
+                weight = block.moe.router.weight
+                weight[...] = weight[...] * jnp.linspace(0.3, 3.0, weight.shape[1])[None, :, None]
+    return model
+
+
+def batch() -> Batch:
+    """Rows of one document, of two packed ones, and padded on either side."""
+    tokens = jax.random.randint(jax.random.key(0), (ROWS, LENGTH), 0, 96)
+    segments = np.ones((ROWS, LENGTH), np.int32)
+    segments[1, 23:] = 2
+    segments[2, :9] = segments[3, 50:] = 0
+    return Batch(tokens, jnp.roll(tokens, -1, axis=1), jnp.asarray(segments != 0, jnp.float32), jnp.asarray(segments))
+
+
+def measured(model: Qwen3, batch: Batch):
+    """Everything that is compared, as one program: logits, router, loss, and gradients of loss and router loss."""
+
+    def loss(model):
+        out = model(batch.tokens, segment_ids=batch.segment_ids, remat="full")
+        losses, normaliser = model.losses(out.hidden, batch.labels)
+        main = mean_loss(losses, normaliser, batch.labels, batch.mask, 1e-3)
+        config = model.config
+        balance = load_balancing_loss(out.router, config.num_experts, max(1, config.num_experts_per_tok), batch.mask)
+        return main + balance, (out.logits, out.router, main, balance)
+
+    (_, found), gradients = jax.value_and_grad(loss, has_aux=True)(model)
+    return found, gradients
+
+
+@functools.cache
+def alone(name: str):
+    return jax.jit(measured)(skewed(name), batch())
+
+
+def assert_close(found, wanted, what):
+    found, wanted = np.asarray(found), np.asarray(wanted)
+    found = found[tuple(slice(0, size) for size in wanted.shape)]  # without the vocabulary's padding
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=CLOSE * max(np.abs(wanted).max(initial=0), 1e-3), err_msg=what)
+
+
+@pytest.mark.parametrize(
+    "name, wish",
+    [
+        ("dense", "data=8"),
+        ("tied", "fsdp=8"),
+        ("dense", "context=8"),
+        ("sliding", "fsdp=2,context=2,tensor=2"),
+        ("bias", "data=2,tensor=4"),
+        ("moe", "expert=8"),
+        ("moe", "fsdp=4,tensor=2"),
+        ("moe", "fsdp=2,expert=2,tensor=2"),
+        ("alternating", "data=2,fsdp=2,expert=2"),
+        ("alternating", "expert=4,context=2"),
+        ("mixed", "expert=2,context=2,tensor=2"),
+        ("moe", "fsdp=4,expert=2 experts=fsdp+expert"),
+    ],
+)
+def test_equal_to_one_device(name, wish):
+    wish, _, rows = wish.partition(" ")
+    rules = RULES.replace(experts=tuple(rows.partition("=")[2].split("+"))) if rows else RULES
+    mesh = make_mesh(wish)
+    model = on_mesh(skewed(name), mesh, rules)
+    with jax.set_mesh(mesh):
+        (logits, router, main, balance), gradients = jax.jit(measured)(model, batch())
+    (wanted_logits, wanted_router, *wanted_losses), wanted_gradients = alone(name)
+    real = np.asarray(batch().mask)[..., None]
+    assert_close(logits * real, wanted_logits * real, "logits")
+    assert_close(router * real, wanted_router * real, "router")
+    np.testing.assert_allclose([main, balance], wanted_losses, rtol=CLOSE)
+    found, wanted = (dict(jax.tree.leaves_with_path(tree)) for tree in (gradients, wanted_gradients))
+    assert found.keys() == wanted.keys()
+    for path, gradient in found.items():
+        assert_close(gradient, wanted[path], jax.tree_util.keystr(path))
+    for gradient, parameter in zip(jax.tree.leaves(gradients), jax.tree.leaves(model), strict=True):
+        assert gradient.sharding.spec == parameter.sharding.spec
+    parameters = jax.tree.leaves_with_path(model)
+    for path, leaf in parameters:
+        names = jax.tree_util.keystr(path)
+        shards = leaf.size // leaf.addressable_shards[0].data.size
+        # Matrices are split over every axis that splits parameters, expert weights over expert too; norms and router are not.
+        if "norm" not in names and "bias" not in names and "router" not in names:
+            width = mesh.shape["fsdp"] * (1 if ".k." in names or ".v." in names else mesh.shape["tensor"])
+            assert shards >= width * (mesh.shape["expert"] if ".moe." in names and not rows else 1), names
+
+
+@pytest.mark.parametrize("name, wish", [("alternating", "fsdp=2,expert=2,tensor=2"), ("tied", "fsdp=4,context=2")])
+def test_training_follows_one_device(name, wish):
+    model, optimizer = skewed(name), adamw(1e-2)
+    step = make_train_step(CONFIGS[name], optimizer, dtype=jnp.float32)
+    curves = []
+    for start in (jax.tree.map(jnp.copy, model), on_mesh(model, make_mesh(wish))):
+        state, losses = init_train_state(start, optimizer), []
+        for _ in range(4):
+            state, metrics = step(state, batch())
+            losses.append([float(metrics["loss"]), float(metrics["balance_loss"]), float(metrics["grad_norm"])])
+        curves.append(losses)
+    np.testing.assert_allclose(curves[1], curves[0], rtol=2e-5)
+    assert curves[0][-1][0] < 0.9 * curves[0][0][0]
+    specs = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(state.params)}
+    assert len(specs) > 3
+    moments = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim}
+    assert moments <= specs  # the optimizer's state lies as the parameters do
+
+
+def test_a_cache_on_a_mesh():
+    """A prompt whole and then token by token, rows and key heads split, context shards idle."""
+    model, tokens = skewed("moe"), batch().tokens[:4, :12]
+    whole = model(tokens).logits
+    mesh = make_mesh("fsdp=2,context=2,tensor=2")
+    placed = on_mesh(model, mesh)
+    step = jax.jit(lambda model, tokens, cache: model(tokens, cache=cache))
+    with jax.set_mesh(mesh):
+        out = step(placed, tokens[:, :9], init_cache(placed, 4, 16))
+        np.testing.assert_allclose(out.logits, whole[:, :9], rtol=0, atol=2e-5)
+        for at in range(9, 12):
+            out = step(placed, tokens[:, at : at + 1], out.cache)
+            np.testing.assert_allclose(out.logits[:, 0], whole[:, at], rtol=0, atol=2e-5)
+        assert out.cache.k.sharding.spec == PartitionSpec(None, ("data", "fsdp", "expert"), "tensor", None, None)
+        np.testing.assert_array_equal(out.cache.lengths, [12] * 4)
+
+
+def test_no_buffer_holds_the_logits_of_a_shard_s_tokens():
+    """The compiled step has neither [tokens of a shard, vocabulary] nor [tokens, vocabulary of a shard] beside a block's."""
+    from qwen3_jax.parallel import word_losses
+
+    table, hidden = jax.ShapeDtypeStruct((1000, 16), jnp.float32), jax.ShapeDtypeStruct((4, 64, 16), jnp.float32)
+    labels = jax.ShapeDtypeStruct((4, 64), jnp.int32)
+
+    def loss(table, hidden, labels):
+        losses, _ = word_losses.word_losses(table, hidden, labels, 1000, 32)
+        return losses.sum()
+
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(table, hidden, labels).compile().as_text()
+    assert text is not None and "f32[32,1000]" in text
+    assert "[256,1000]" not in text and "[4,64,1000]" not in text
