@@ -34,13 +34,13 @@ def word_losses(
         Two float32 arrays [B, T]; both are differentiable in weight and hidden.
     """
     if meshless():
-        return _losses((), (), (), words, block, weight, hidden, labels)
+        return _losses(((), (), ()), words, block, weight, hidden, labels)
     rules, mesh = active_rules(), jax.sharding.get_abstract_mesh()
     tokens = (*rules.axes("batch", mesh), *rules.axes("seq", mesh))
     vocab = rules.axes("vocab", mesh)
     travelling = tuple(axis for axis in vocab if axis in tokens)
     others = tuple(axis for axis in tokens if axis not in vocab)
-    return _on_mesh((vocab, travelling, others), words, block, weight, hidden, labels)
+    return _losses((vocab, travelling, others), words, block, weight, hidden, labels)
 
 
 Axes = tuple[
@@ -48,52 +48,30 @@ Axes = tuple[
 ]  # of the vocabulary; of them those that tokens are split over too; others
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
-def _losses(vocab, travelling, others, words, block, weight, hidden, labels):
-    return _forward((vocab, travelling, others), words, block, weight, hidden, labels)[:2]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _losses(axes, words, block, weight, hidden, labels):
+    return _losses_forward(axes, words, block, weight, hidden, labels)[0]
 
 
-def _losses_forward(vocab, travelling, others, words, block, weight, hidden, labels):
-    losses, normaliser = _forward((vocab, travelling, others), words, block, weight, hidden, labels)
+def _losses_forward(axes, words, block, weight, hidden, labels):
+    table, states, tokens = spec("vocab", None), spec("batch", "seq", None), spec("batch", "seq")
+    run = _on_shards(functools.partial(_forward, axes, words, block), (table, states, tokens), (tokens, tokens))
+    losses, normaliser = run(weight, hidden, labels)
     return (losses, normaliser), (weight, hidden, labels, normaliser)
 
 
-def _losses_backward(vocab, travelling, others, words, block, kept, d_out):
-    return (*_backward((vocab, travelling, others), words, block, *kept, *d_out), None)
+def _losses_backward(axes, words, block, kept, d_out):
+    table, states, tokens = spec("vocab", None), spec("batch", "seq", None), spec("batch", "seq")
+    taken = (table, states, tokens, tokens, tokens, tokens)
+    run = _on_shards(functools.partial(_backward, axes, words, block), taken, (table, states))
+    return (*run(*kept, *d_out), None)
 
 
 _losses.defvjp(_losses_forward, _losses_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _on_mesh(axes, words, block, weight, hidden, labels):
-    return _mesh_forward(axes, words, block, weight, hidden, labels)[0]
-
-
-def _mesh_forward(axes, words, block, weight, hidden, labels):
-    tokens = spec("batch", "seq")
-    run = jax.shard_map(
-        functools.partial(_forward, axes, words, block),
-        in_specs=(spec("vocab", None), spec("batch", "seq", None), tokens),
-        out_specs=(tokens, tokens),
-        check_vma=False,
-    )
-    losses, normaliser = run(weight, hidden, labels)
-    return (losses, normaliser), (weight, hidden, labels, normaliser)
-
-
-def _mesh_backward(axes, words, block, kept, d_out):
-    tokens, table, states = spec("batch", "seq"), spec("vocab", None), spec("batch", "seq", None)
-    run = jax.shard_map(
-        functools.partial(_backward, axes, words, block),
-        in_specs=(table, states, tokens, tokens, tokens, tokens),
-        out_specs=(table, states),
-        check_vma=False,
-    )
-    return (*run(*kept, *d_out), None)
-
-
-_on_mesh.defvjp(_mesh_forward, _mesh_backward)
+def _on_shards(run: Any, in_specs: Any, out_specs: Any) -> Any:
+    return run if meshless() else jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _forward(axes: Axes, words: int, block: int | None, weight: Any, hidden: Any, labels: Any) -> tuple[Any, Any]:
