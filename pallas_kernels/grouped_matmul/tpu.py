@@ -4,7 +4,6 @@ import contextlib
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Float, Int32
 
 # Rows, inner and outer sizes of a tile in 16-bit floats: some 10 MB of VMEM with double buffering. Tiles of rows are few
@@ -51,6 +50,8 @@ def grouped_matmul(
     Returns:
         In lhs's dtype, accumulated in float32; rows of no group are zero.
     """
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm  # a third of a second, for those who have experts
+
     matrices = rhs if layer is None else jax.lax.dynamic_index_in_dim(rhs, layer, 0, keepdims=False)
     rows, inner = lhs.shape
     outer = matrices.shape[1 if transpose_rhs else 2]
@@ -84,6 +85,8 @@ def grouped_outer(
     Returns:
         `left[rows of g].T @ right[rows of g]` for each g, accumulated in float32.
     """
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
     rows, inner = left.shape
     outer = right.shape[1]
     if 0 in (rows, inner, outer):

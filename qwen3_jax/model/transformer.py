@@ -214,9 +214,7 @@ class Qwen3(nnx.Module):
             Float32 negative log-probability of each label, and log of each softmax's normaliser.
         """
         with use_rules(self.rules):
-            if not meshless():
-                labels = placed(labels, "batch", "seq")
-            return self._head.losses(hidden, labels)
+            return self._head.losses(hidden, placed(labels, "batch", "seq"))
 
     @property
     def _head(self) -> Embed:

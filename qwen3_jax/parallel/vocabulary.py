@@ -33,11 +33,11 @@ def look_up(weight: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DType
     """
     if meshless():
         return weight[tokens].astype(dtype)
-    travelling, staying = _axes()
+    vocab, travelling, staying = vocabulary_axes()
 
     def local(weight: Array, tokens: Array) -> Array:
         everyone = jax.lax.all_gather(tokens, travelling, axis=0, tiled=True) if travelling else tokens
-        index = everyone - jax.lax.axis_index(_vocab_axes()) * weight.shape[0]
+        index = everyone - jax.lax.axis_index(vocab) * weight.shape[0]
         here = (index >= 0) & (index < weight.shape[0])
         rows = jnp.where(here[..., None], weight[jnp.clip(index, 0, weight.shape[0] - 1)].astype(dtype), 0)
         if travelling:
@@ -62,7 +62,7 @@ def word_logits(weight: Float[Array, "V D"], hidden: Float[Array, "*B D"], words
     """
     if meshless():
         return pallas_kernels.rows_matmul(hidden, weight.astype(hidden.dtype), dtype=jnp.float32)
-    travelling, staying = _axes()
+    vocab, travelling, staying = vocabulary_axes()
     mesh = jax.sharding.get_abstract_mesh()
 
     def local(weight: Array, hidden: Array) -> Array:
@@ -78,7 +78,7 @@ def word_logits(weight: Float[Array, "V D"], hidden: Float[Array, "*B D"], words
         found = jax.lax.all_gather(found, staying) if staying else found[None]
         shards = [sizes[axis] for axis in (*staying, *travelling)]
         found = found.reshape(*shards, batch, length, -1)
-        order = [(*staying, *travelling).index(axis) for axis in _vocab_axes()]
+        order = [(*staying, *travelling).index(axis) for axis in vocab]
         last = len(shards)
         found = found.transpose(last, last + 1, *order, last + 2)
         return found.reshape(batch, length, -1)[..., :words]
@@ -87,13 +87,9 @@ def word_logits(weight: Float[Array, "V D"], hidden: Float[Array, "*B D"], words
     return jax.shard_map(local, in_specs=(spec("vocab", None), whole), out_specs=whole, check_vma=False)(weight, hidden)
 
 
-def _vocab_axes() -> tuple[str, ...]:
-    return active_rules().axes("vocab", jax.sharding.get_abstract_mesh())
-
-
-def _axes() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Axes of the vocabulary over which tokens are split too, and must travel; and those over which they are not."""
+def vocabulary_axes() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Mesh axes of the vocabulary; those of them that tokens are split over too, and must travel over; and the rest of them."""
     rules, mesh = active_rules(), jax.sharding.get_abstract_mesh()
     tokens = (*rules.axes("batch", mesh), *rules.axes("seq", mesh))
     vocab = rules.axes("vocab", mesh)
-    return tuple(axis for axis in vocab if axis in tokens), tuple(axis for axis in vocab if axis not in tokens)
+    return vocab, tuple(axis for axis in vocab if axis in tokens), tuple(axis for axis in vocab if axis not in tokens)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qwen3_jax.parallel.rules import active_rules, meshless, spec
+from qwen3_jax.parallel.vocabulary import vocabulary_axes
 
 LOGITS = 2**24  # float32 logits of a block on a shard: 64 MiB
 
@@ -37,8 +38,7 @@ def word_losses(
         return _losses(((), (), ()), words, block, weight, hidden, labels)
     rules, mesh = active_rules(), jax.sharding.get_abstract_mesh()
     tokens = (*rules.axes("batch", mesh), *rules.axes("seq", mesh))
-    vocab = rules.axes("vocab", mesh)
-    travelling = tuple(axis for axis in vocab if axis in tokens)
+    vocab, travelling, _ = vocabulary_axes()
     others = tuple(axis for axis in tokens if axis not in vocab)
     return _losses((vocab, travelling, others), words, block, weight, hidden, labels)
 

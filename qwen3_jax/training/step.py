@@ -72,18 +72,19 @@ def init_train_state(model: Qwen3, optimizer: optax.GradientTransformation) -> T
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=jax.jit(optimizer.init)(params))
 
 
-def trained_model(config: Qwen3Config, state: TrainState, *, dtype: DTypeLike = jnp.bfloat16) -> Qwen3:
+def trained_model(config: Qwen3Config, state: TrainState, *, dtype: DTypeLike = jnp.bfloat16, rules: Rules = RULES) -> Qwen3:
     """The model that a state's parameters make.
 
     Args:
         config: the model's shape.
         state: the state.
         dtype: compute dtype.
+        rules: which mesh axes split what; those of the model that was trained.
 
     Returns:
         The model; it shares the state's arrays.
     """
-    return nnx.merge(_graph(config, mesh_of(state.params), RULES, jnp.dtype(dtype)), state.params)
+    return nnx.merge(_graph(config, mesh_of(state.params), rules, jnp.dtype(dtype)), state.params)
 
 
 @functools.cache

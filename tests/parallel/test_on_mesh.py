@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from qwen3_jax import Batch, Qwen3, abstract_model, adamw, init_cache, init_train_state, make_mesh, make_train_step
 from qwen3_jax.parallel.rules import RULES, Rules
 from qwen3_jax.training.losses import load_balancing_loss, mean_loss
+from qwen3_jax.training.step import trained_model
 from tests.model.models import CONFIGS, random_model
 
 ROWS, LENGTH = 8, 64  # 512 tokens
@@ -138,6 +139,16 @@ def test_training_follows_one_device(name, wish):
     assert len(specs) > 3
     moments = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim}
     assert moments <= specs  # the optimizer's state lies as the parameters do
+
+
+def test_a_trained_model_keeps_the_rules_of_its_run():
+    rules, mesh = RULES.replace(experts=("fsdp", "expert")), make_mesh("fsdp=4,expert=2")
+    state = init_train_state(on_mesh(skewed("moe"), mesh, rules), adamw(1e-2))
+    model = trained_model(CONFIGS["moe"], state, dtype=jnp.float32, rules=rules)
+    assert model.rules == rules
+    with jax.set_mesh(mesh):
+        logits = jax.jit(lambda model: model(batch().tokens).logits)(model)
+    np.testing.assert_allclose(logits, jax.jit(lambda model: model(batch().tokens).logits)(skewed("moe")), rtol=0, atol=1e-4)
 
 
 def test_a_cache_on_a_mesh():
