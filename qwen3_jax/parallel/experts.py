@@ -39,7 +39,7 @@ def apply_experts(
     Args:
         weights: gate and up [E, F, D], down [E, D, F]; or the stacks of all layers with a leading L.
         x: tokens.
-        routing: weight of each of a token's experts.
+        routing: weight of each of a token's experts, float32.
         ids: the experts, 0 <= id < E.
         layer: which layer of the stacks.
 
@@ -87,7 +87,7 @@ class Layout:
         Args:
             visit: what is done there.
             per_shard: experts of a shard.
-            chunk: arrays [M, ...], the third of which are the tokens' experts.
+            chunk: arrays [M, ...], the second of which is `_packed`.
             state: before the first visit.
 
         Returns:
@@ -101,7 +101,7 @@ class Layout:
             return transports.ring(self.experts, self.shards, visit, chunk, state)
         if choice.transport == "gather":
             return transports.gather(self.experts, visit, chunk, state)
-        home = chunk[2] // per_shard
+        home = _picks(chunk[1], 0)[1] // per_shard
         goes = (home[:, :, None] == jnp.arange(self.shards)).any(axis=1)
         arguments = (self.experts, goes, choice.quota, choice.rounds, self.everywhere)
         return transports.all_to_all(*arguments, visit, chunk, state)
@@ -168,12 +168,12 @@ def _forward(layout: Layout, weights: Weights, x: Any, routing: Any, ids: Any, l
     per_shard, choice = whole[0].shape[0], layout.choice
     first = _first_expert(layout, per_shard)
 
-    def at_experts(done: Any, chunk: tuple[Any, Any, Any]) -> tuple[Any, Any]:
-        x, routing, ids = chunk
-        out, rows = visit(whole, x, routing, ids - first, choice.capacity, choice.rounds)
+    def at_experts(done: Any, chunk: tuple[Any, Any]) -> tuple[Any, Any]:
+        x, picks = chunk
+        out, rows = visit(whole, x, *_picks(picks, first), choice.capacity, choice.rounds)
         return done + rows, out
 
-    chunk = tuple(array.reshape(-1, array.shape[-1]) for array in (x, routing, ids))
+    chunk = (x.reshape(-1, x.shape[-1]), _packed(routing, ids))
     out, done = layout.travel(at_experts, per_shard, chunk, jnp.int32(0))
     dropped = _summed(ids.size - done, layout.over)
     return _summed(out, layout.width).astype(x.dtype).reshape(x.shape), dropped
@@ -205,11 +205,12 @@ def _gradients(layout: Layout, weights: Weights, x: Any, routing: Any, ids: Any,
     first = _first_expert(layout, per_shard)
 
     def at_experts(d_whole: Weights, chunk: tuple[Any, ...]) -> tuple[Weights, tuple[Any, Any]]:
-        x, routing, ids, d_out = chunk
-        d_whole, d_x, d_routing = visit_back(whole, x, routing, ids - first, d_out, d_whole, choice.capacity, choice.rounds)
+        x, picks, d_out = chunk
+        sums = visit_back(whole, x, *_picks(picks, first), d_out, d_whole, choice.capacity, choice.rounds)
+        d_whole, d_x, d_routing = sums
         return d_whole, (d_x.astype(x.dtype), d_routing)
 
-    chunk = tuple(array.reshape(-1, array.shape[-1]) for array in (x, routing, ids, d_out))
+    chunk = (x.reshape(-1, x.shape[-1]), _packed(routing, ids), d_out.reshape(-1, x.shape[-1]))
     # Sums over visits in float32; each visit's own gradient is in the compute dtype.
     zero = tuple(jnp.zeros(weight.shape, jnp.promote_types(weight.dtype, jnp.float32)) for weight in whole)
     (d_x, d_routing), d_whole = layout.travel(at_experts, per_shard, chunk, zero)
@@ -219,6 +220,17 @@ def _gradients(layout: Layout, weights: Weights, x: Any, routing: Any, ids: Any,
         for part, weight, names in zip(d_whole, weights, AXES, strict=True)
     )
     return d_weights, d_x.astype(x.dtype).reshape(x.shape), d_routing.reshape(routing.shape).astype(routing.dtype)
+
+
+def _packed(routing: Any, ids: Any) -> Any:
+    """[M, 2k]: weights, and experts counted from 1, so that 0 is none: one array to send rather than two."""
+    return jnp.concatenate([part.reshape(-1, ids.shape[-1]) for part in (routing, (ids + 1).astype(routing.dtype))], axis=1)
+
+
+def _picks(packed: Any, first: Any) -> tuple[Any, Any]:
+    """The weights, and the experts counted from `first`."""
+    routing, ids = jnp.split(packed, 2, axis=1)
+    return routing, ids.astype(jnp.int32) - 1 - first
 
 
 def _gathered(layout: Layout, weights: Weights, layer: Any, dtype: Any) -> Weights:

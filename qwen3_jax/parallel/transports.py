@@ -104,7 +104,7 @@ def all_to_all(
         quota: tokens from one shard to one shard in a round.
         rounds: at most so many; tokens of later ones are not visited. None: all that it takes.
         everywhere: all axes of the mesh.
-        visit: what a shard does with a chunk; rows of zeros (of float arrays) or -1 (of integers) are nobody's.
+        visit: what a shard does with a chunk; rows of zeros are nobody's.
         chunk: this shard's own.
         state: before the first visit.
 
@@ -151,9 +151,9 @@ def exchange(
         quota: rows of a block.
 
     Returns:
-        As x; block i's first received[i] rows came from shard i, the others are 0, or -1 of integers.
+        As x; block i's first received[i] rows came from shard i, the others are 0.
     """
-    empty = jnp.full(x.shape, _nobody(x.dtype), x.dtype)
+    empty = jnp.zeros_like(x)
 
     def ragged(x: Array, sent: Array, received: Array) -> Array:
         starts = jnp.arange(sent.shape[0], dtype=jnp.int32) * quota
@@ -169,12 +169,8 @@ def exchange(
 
 
 def _rows(x: Array, index: Int[Array, "R"]) -> Array:
-    return x.at[index].get(mode="fill", fill_value=_nobody(x.dtype))
+    return x.at[index].get(mode="fill", fill_value=0)
 
 
 def _received(chunk: Any, rows: int) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), chunk)
-
-
-def _nobody(dtype: Any) -> int:
-    return -1 if jnp.issubdtype(dtype, jnp.integer) else 0

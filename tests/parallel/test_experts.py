@@ -95,7 +95,7 @@ def test_what_a_forbidden_round_drops_is_counted():
 def test_an_exchange_swaps_what_is_filled():
     mesh = make_mesh(expert=8)
     filled = np.random.default_rng(0).integers(0, 4, (8, 8)).astype(np.int32)  # [sender, receiver]
-    blocks = np.arange(8 * 8 * 3, dtype=np.int32).reshape(8, 8, 3)
+    blocks = np.arange(1, 8 * 8 * 3 + 1, dtype=np.int32).reshape(8, 8, 3)
     spec = PartitionSpec("expert")
 
     def swap(x, sent, received):
@@ -104,7 +104,7 @@ def test_an_exchange_swaps_what_is_filled():
     with jax.set_mesh(mesh):
         args = [jax.device_put(a.reshape(-1), NamedSharding(mesh, spec)) for a in (blocks, filled, filled.T)]
         found = jax.jit(jax.shard_map(swap, in_specs=(spec,) * 3, out_specs=spec, check_vma=False))(*args)
-    wanted = np.where(np.arange(3) < filled[..., None], blocks, -1).swapaxes(0, 1)
+    wanted = np.where(np.arange(3) < filled[..., None], blocks, 0).swapaxes(0, 1)
     np.testing.assert_array_equal(np.asarray(found).reshape(8, 8, 3), wanted)
 
 
