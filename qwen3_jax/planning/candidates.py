@@ -145,8 +145,8 @@ def candidates(
         if not sizes:
             why = f"; of the last one tried: {refused}" if refused else ""
             raise PlanError(
-                f"no mesh of {len(devices)} devices fits {job.batch} rows of {job.seq} tokens in {job.mode}: accepted is a batch "
-                f"or a topology that share more factors{why}"
+                f"no mesh of {len(devices)} devices fits {job.batch} rows of {job.seq} tokens in {job.mode}: accepted is "
+                f"a batch and a topology that share more factors{why}"
             )
         found = [made(",".join(f"{axis}={size}" for axis, size in each.items())) for each in sizes]
     hbm = topology.chip.hbm

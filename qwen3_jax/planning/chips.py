@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import tomllib
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +53,14 @@ class Chip:
 @functools.cache
 def load_chips() -> dict[str, Chip]:
     """All chips, by name."""
-    rows = tomllib.loads(resources.files("qwen3_jax.planning").joinpath("chips.toml").read_text("utf-8"))
-    return {name: Chip(name=name, **{**row, "uncertain": tuple(row["uncertain"])}) for name, row in rows.items()}
+    rows: dict[str, dict[str, Any]] = tomllib.loads(
+        resources.files("qwen3_jax.planning").joinpath("chips.toml").read_text("utf-8")
+    )
+    chips = {}
+    for name, row in rows.items():
+        uncertain: list[str] = row.pop("uncertain")
+        chips[name] = Chip(name=name, uncertain=tuple(uncertain), **row)
+    return chips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,4 +77,9 @@ class Efficiency:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if not 0 < getattr(self, field.name) <= 1:
-                raise ValueError(f"efficiency.{field.name} is {getattr(self, field.name)}: accepted is a share above 0, up to 1")
+                raise ValueError(
+                    f"efficiency.{field.name} is {getattr(self, field.name)}: accepted is a share above 0, up to 1"
+                )
+
+
+ASSUMED = Efficiency()

@@ -1,9 +1,10 @@
-"""The analytic model that decides which meshes are worth compiling. Nothing here is compiled, and nothing that is ranked is from here.
+"""The analytic model that decides which meshes are worth compiling; what is ranked is compiled, and nothing of it is from here.
 
-All figures are of one device and one step. The letters: t tokens of a device, b its rows, L layers, D embed, N and K query and key
-heads, H head_dim, F width, E experts, k of them per token, V words, S keys that a query sees on average. Products are in bfloat16,
-weights, gradients and optimizer of training in float32. A forward product of m parameters with t tokens is 2 m t FLOPs and its
-backward pass twice that. With remat a layer's forward pass is made twice; experts and the head make theirs again by themselves.
+All figures are of one device and one step. The letters: t tokens of a device, b its rows, L layers, D embed, N and K query
+and key heads, H head_dim, F width, E experts, k of them per token, V words, S keys that a query sees on average. Products are
+in bfloat16, weights, gradients and optimizer of training in float32. A forward product of m parameters with t tokens is 2 m t
+FLOPs and its backward pass twice that. With remat a layer's forward pass is made twice; experts and the head make theirs
+again by themselves.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ def seen(job: Job) -> float:
 
 
 def passes(job: Job) -> int:
-    """Forward passes that a layer's products cost: 1, in training 3, and 4 where the backward pass makes the forward one again."""
+    """Forward passes that a layer's products cost: 1; in training 3, and 4 where remat makes the forward one again."""
     return 1 if not job.trains else 3 if job.remat == "none" else 4
 
 
@@ -53,8 +54,8 @@ def device_flops(job: Job, cut: Shares) -> float:
     """FLOPs of a step.
 
     Per layer and forward pass: attention's projections 2 t (2 D N H / heads + 2 D K H / kv_heads), its scores and sums
-    4 t S H N / heads, a dense MLP 6 t D F / mlp, experts 6 t k D F / mlp (tokens shared evenly) and the router 2 t D E. The head:
-    2 t D V over the shards of the vocabulary that tokens are not split over; in prefill of one token a row.
+    4 t S H N / heads, a dense MLP 6 t D F / mlp, experts 6 t k D F / mlp (tokens shared evenly) and the router 2 t D E. The
+    head: 2 t D V over the shards of the vocabulary that tokens are not split over; in prefill of one token a row.
 
     Args:
         job: the job.
@@ -83,9 +84,9 @@ def device_hbm_bytes(job: Job, cut: Shares) -> float:
     Weights: each of the passes reads a layer's in bfloat16, whole along embed; in training they are first read in float32 and
     written in bfloat16, twice, the gradient is written and read in float32, and the optimizer reads and writes weight and two
     moments and reads the gradient (8 float32 a parameter with the norm of all gradients). Of experts, decode reads those that a
-    token chose: E (1 - (1 - k / E)^tokens of the experts' ring). Activations: each product reads its input and writes its output
-    in bfloat16, in every pass; norms, residuals and the sort of rows add 8 D a token, and 4 k D for experts. Attention's scores
-    stay on the chip. The cache is read once and a token's keys and values are written.
+    token chose: E (1 - (1 - k / E)^tokens of the experts' ring). Activations: each product reads its input and writes its
+    output in bfloat16, in every pass; norms, residuals and the sort of rows add 8 D a token, and 4 k D for experts.
+    Attention's scores stay on the chip. The cache is read once and a token's keys and values are written.
 
     Args:
         job: the job.
@@ -127,12 +128,12 @@ def device_traffic(job: Job, cut: Shares) -> tuple[Traffic, ...]:
     """What a device sends in a step.
 
     A gather or scatter of an array of n bytes over p devices sends n (p - 1) / p, a reduction twice that.
-    fsdp: a layer's weights in bfloat16, gathered for the forward pass and again for the backward one; gradients scattered in float32.
-    data, and every axis that tokens are split over and a weight is not: float32 gradients reduced.
-    tensor: t D in bfloat16 reduced after attention and after the MLP, in each pass but that of the weights' gradients.
-    expert: chunks of t tokens go around the ring with their sums; forward p - 1 chunks and p sums, backward 2 (p - 1) and 2 p, of
-    D in bfloat16. context: keys and values gathered in each pass, their gradients scattered.
-    Words: hidden states to the vocabulary's shards over fsdp and back, (p - 1) t D, and their lookup.
+    fsdp: a layer's weights in bfloat16, gathered for the forward pass and again for the backward one; gradients scattered in
+    float32. data, and every axis that tokens are split over and a weight is not: float32 gradients reduced. tensor: t D in
+    bfloat16 reduced after attention and after the MLP, in each pass but that of the weights' gradients. expert: chunks of t
+    tokens go around the ring with their sums; forward p - 1 chunks and p sums, backward 2 (p - 1) and 2 p, of D in bfloat16.
+    context: keys and values gathered in each pass, their gradients scattered. Words: hidden states to the vocabulary's shards
+    over fsdp and back, (p - 1) t D, and their lookup.
 
     Args:
         job: the job.
@@ -182,10 +183,10 @@ def device_traffic(job: Job, cut: Shares) -> tuple[Traffic, ...]:
 def device_memory(job: Job, cut: Shares) -> dict[str, float]:
     """Bytes that a step needs at most.
 
-    weights: float32 in training, else bfloat16. optimizer: two float32 moments. gradients: float32. cache: 2 L b K S H in bfloat16.
-    activations: each layer's input, t D in bfloat16; without remat all that its products read.
-    working: one layer whole along embed, in bfloat16 and its gradient in float32; its rows, k (2 D + 3 F / mlp) a token for experts and
-    D + 3 F / mlp for a dense MLP, twice in training; a block of logits three times.
+    weights: float32 in training, else bfloat16. optimizer: two float32 moments. gradients: float32. cache: 2 L b K S H in
+    bfloat16. activations: each layer's input, t D in bfloat16; without remat all that its products read. working: one layer
+    whole along embed, in bfloat16 and its gradient in float32; its rows, k (2 D + 3 F / mlp) a token for experts and D + 3 F
+    / mlp for a dense MLP, twice in training; a block of logits three times.
 
     Args:
         job: the job.
@@ -221,9 +222,9 @@ def device_memory(job: Job, cut: Shares) -> dict[str, float]:
 def model_flops(job: Job) -> float:
     """FLOPs of a step that the model itself asks for, over the whole pod: what MFU counts.
 
-    6 per token and active parameter that is multiplied (the embedding is looked up, not multiplied; a head is multiplied, also a
-    tied one) in training, 2 in inference; attention 12 L N H S per token in training with S half a row, 4 L N H S in inference.
-    Nothing that remat makes again is counted.
+    6 per token and active parameter that is multiplied (the embedding is looked up, not multiplied; a head is multiplied,
+    also a tied one) in training, 2 in inference; attention 12 L N H S per token in training with S half a row, 4 L N H S in
+    inference. Nothing that remat makes again is counted.
 
     Args:
         job: the job.

@@ -35,8 +35,9 @@ class Route:
     def seconds(self, kind: str, sent: float, count: int, hop_seconds: float, efficiency: float) -> float:
         """Time of a collective.
 
-        A gather, scatter or reduction: sent / bandwidth. A permute: sent / one_way. An all-to-all: what is sent passes mean_hops
-        links, so sent * max(1, mean_hops) / bandwidth. To each execution the latency of its hops is added (a permute's: one).
+        A gather, scatter or reduction: sent / bandwidth. A permute: sent / one_way. An all-to-all: what is sent passes
+        mean_hops links, so sent * max(1, mean_hops) / bandwidth. To each execution the latency of its hops is added (a
+        permute's: one).
 
         Args:
             kind: the collective, by XLA's name.
@@ -68,10 +69,10 @@ class Links:
     def route(self, axes: Sequence[str]) -> Route:
         """The route of a collective over these axes.
 
-        Along each dimension of the torus the group's devices lie `stride` chips apart, and as many groups share each link. Where
-        they go once around a dimension that closes to a ring, a device uses two links of it, else one (the ends of a line have
-        no more). Dimensions add up. A group that a slower network cuts into parts of m devices has at most m times what that
-        network gives one device.
+        Along each dimension of the torus the group's devices lie `stride` chips apart, and as many groups share each link.
+        Where they go once around a dimension that closes to a ring, a device uses two links of it, else one (the ends of a
+        line have no more). Dimensions add up. A group that a slower network cuts into parts of m devices has at most m times
+        what that network gives one device.
 
         Args:
             axes: mesh axes; none is no group.

@@ -24,7 +24,7 @@ class StepTime:
 
     @property
     def exposed(self) -> float:
-        """Collectives that are waited for: those that nothing hides, and of the others what is longer than the work beside them."""
+        """Collectives that are waited for: those that nothing hides, and of the others what exceeds the work beside them."""
         return self.waiting + max(0.0, self.overlapped - max(self.compute, self.hbm))
 
     @property

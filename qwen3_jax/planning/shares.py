@@ -83,8 +83,8 @@ class Parameters:
 def parameters(job: Job, cut: Shares) -> Parameters:
     """Parameters that one device holds; the vocabulary padded to a multiple of its parts.
 
-    With D, N, K, H, F, E, V as in the model: attention 2 D N H / (embed heads) + 2 D K H / (embed kv_heads) a layer, a dense MLP
-    3 D F / (embed mlp), experts 3 E D F / (experts embed mlp), the router E D / embed; a table ceil(V / vocab) D.
+    With D, N, K, H, F, E, V as in the model: attention 2 D N H / (embed heads) + 2 D K H / (embed kv_heads) a layer, a dense
+    MLP 3 D F / (embed mlp), experts 3 E D F / (experts embed mlp), the router E D / embed; a table ceil(V / vocab) D.
 
     Args:
         job: the job.

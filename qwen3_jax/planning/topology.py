@@ -1,4 +1,4 @@
-"""Compile-only devices by a name: "v5p:4x4x4" is 64 chips in a torus, "h100:2x8" two nodes of 8. No device is there or needed."""
+"""Compile-only devices by a name: "v5p:4x4x4" is 64 chips in a torus, "h100:2x8" two nodes of 8. None of them is there."""
 
 import dataclasses
 import math
@@ -7,14 +7,14 @@ from typing import Any
 
 from qwen3_jax.planning.chips import Chip, load_chips
 
-# Before jax is imported: one process may load libtpu beside others, ask no server who it is, and not log what it could not find.
+# Before jax is imported: one process may load libtpu beside others, and asks nobody who it is. What it is told of the machine
+# keeps it from complaining; programs are compiled for the topology that is named.
 COMPILE_ONLY = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
 }
 EXAMPLES = "v5e:4x4, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1, h100:8, h100:2x8"
 
