@@ -37,7 +37,7 @@ class Options:
     """What the backward pass keeps: none, full, save:NAMES, offload:NAMES."""
     workers: int = 1
     """Compilers at a time; each takes some GB of memory for a large model."""
-    time_limit: float = 900
+    time_limit: float = 1800
     """Seconds for each of them."""
     efficiency: Efficiency = Efficiency()
     """Shares of the chip's figures that are taken to be reached."""

@@ -45,7 +45,7 @@ def make_plan(
     meshes: Sequence[str] = (),
     top: int = 4,
     workers: int = 1,
-    time_limit: float = 900,
+    time_limit: float = 1800,
     efficiency: Efficiency = ASSUMED,
     chosen: Callable[[list[Candidate], int], None] = lambda best, considered: None,
     done: Callable[[Candidate, Outcome], None] = lambda candidate, outcome: None,

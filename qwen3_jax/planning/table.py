@@ -7,6 +7,7 @@ from qwen3_jax.planning.candidates import Candidate
 from qwen3_jax.planning.plan import Plan
 from qwen3_jax.planning.rank import Row, assumptions
 
+WIDEST = 130  # columns of the widest table
 PARTS = ("weights", "optimizer", "cache", "gradients", "activations", "working")
 
 
@@ -77,9 +78,10 @@ def _times(row: Row) -> list[str]:
 
 
 def _print(console: Console, title: str, names: tuple[str, ...], rows: list[tuple[str, list[str]]]) -> None:
-    table = Table("mesh", title=title, title_justify="left", box=None, pad_edge=False)
-    for name in names:
-        table.add_column(name, justify="right", overflow="fold")
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in ("mesh", *names):
+        table.add_column(name, justify="left" if name == "mesh" else "right", no_wrap=True)
     for mesh, cells in rows:
         table.add_row(mesh, *cells)
-    console.print(table)
+    # Lines that a narrow terminal breaks are better than figures cut off.
+    console.print(table, width=max(console.width, WIDEST))
