@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from qwen3_jax.planning.chips import Efficiency
+from qwen3_jax.planning.efficiency import Efficiency
 from qwen3_jax.planning.topology import COMPILE_ONLY, parse_topology
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh
 
 from qwen3_jax.parallel.mesh import AXES, MeshError, make_mesh
-from qwen3_jax.planning.chips import Efficiency
+from qwen3_jax.planning.efficiency import Efficiency
 from qwen3_jax.planning.estimate import Traffic, device_flops, device_hbm_bytes, device_memory, device_traffic
 from qwen3_jax.planning.job import Job, PlanError
 from qwen3_jax.planning.links import Links

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from qwen3_jax.planning.chips import Chip
+from qwen3_jax.chips import Chip
 from qwen3_jax.planning.topology import Topology
 
 

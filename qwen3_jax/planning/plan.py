@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_jax.planning.candidates import Candidate, candidates
-from qwen3_jax.planning.chips import ASSUMED, Efficiency
 from qwen3_jax.planning.compile import Outcome, compile_all
+from qwen3_jax.planning.efficiency import ASSUMED, Efficiency
 from qwen3_jax.planning.estimate import model_flops
 from qwen3_jax.planning.job import Job, PlanError
 from qwen3_jax.planning.rank import SOURCES, Row, assumptions, ranked

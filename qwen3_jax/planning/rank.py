@@ -3,8 +3,8 @@
 import dataclasses
 
 from qwen3_jax.planning.candidates import Candidate
-from qwen3_jax.planning.chips import Efficiency
 from qwen3_jax.planning.compile import Outcome
+from qwen3_jax.planning.efficiency import Efficiency
 from qwen3_jax.planning.estimate import model_flops
 from qwen3_jax.planning.job import Job
 from qwen3_jax.planning.program import Collective, Program

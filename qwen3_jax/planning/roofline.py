@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Iterable
 
-from qwen3_jax.planning.chips import Chip, Efficiency
+from qwen3_jax.chips import Chip
+from qwen3_jax.planning.efficiency import Efficiency
 
 
 @dataclasses.dataclass(frozen=True)

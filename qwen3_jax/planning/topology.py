@@ -5,7 +5,7 @@ import math
 import re
 from typing import Any
 
-from qwen3_jax.planning.chips import Chip, load_chips
+from qwen3_jax.chips import Chip, load_chips
 
 # Before jax is imported: one process may load libtpu beside others, and asks nobody who it is. What it is told of the machine
 # keeps it from complaining; programs are compiled for the topology that is named.

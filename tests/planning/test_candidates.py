@@ -12,7 +12,7 @@ from qwen3_jax.parallel.fit import check_batch, fitted
 from qwen3_jax.parallel.mesh import AXES, MeshError
 from qwen3_jax.parallel.rules import RULES
 from qwen3_jax.planning.candidates import candidates, mesh_sizes
-from qwen3_jax.planning.chips import Efficiency
+from qwen3_jax.planning.efficiency import Efficiency
 from qwen3_jax.planning.job import Job, PlanError
 from qwen3_jax.planning.topology import devices_of, parse_topology
 from tests.model.models import CONFIGS

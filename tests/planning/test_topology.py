@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from qwen3_jax.planning.chips import Efficiency, load_chips
+from qwen3_jax.chips import load_chips
+from qwen3_jax.planning.efficiency import Efficiency
 from qwen3_jax.planning.topology import TopologyError, devices_of, parse_topology
 
 

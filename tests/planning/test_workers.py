@@ -8,8 +8,8 @@ import time
 import pytest
 
 from qwen3_jax.planning.candidates import estimated
-from qwen3_jax.planning.chips import Efficiency
 from qwen3_jax.planning.compile import compile_all
+from qwen3_jax.planning.efficiency import Efficiency
 from qwen3_jax.planning.plan import PlanError, make_plan
 from qwen3_jax.planning.worker import compiled_figures
 from tests.planning.jobs import TINY, job, mesh_on

@@ -1,4 +1,4 @@
-"""Chip facts, out of chips.toml, and the factors by which a program is taken to fall short of them."""
+"""Chip facts, out of chips.toml."""
 
 import dataclasses
 import functools
@@ -14,6 +14,7 @@ class Chip:
     Attributes:
         name: as in a topology, "v5p".
         platform: whose compiler makes its programs.
+        device_kind: what jax calls its devices.
         devices_per_chip: devices that jax shows for one chip.
         hbm: bytes that a program may use.
         hbm_bandwidth: bytes per second.
@@ -32,6 +33,7 @@ class Chip:
 
     name: str
     platform: Literal["tpu", "cuda"]
+    device_kind: str
     devices_per_chip: int
     hbm: int
     hbm_bandwidth: float
@@ -53,33 +55,9 @@ class Chip:
 @functools.cache
 def load_chips() -> dict[str, Chip]:
     """All chips, by name."""
-    rows: dict[str, dict[str, Any]] = tomllib.loads(
-        resources.files("qwen3_jax.planning").joinpath("chips.toml").read_text("utf-8")
-    )
+    rows: dict[str, dict[str, Any]] = tomllib.loads(resources.files("qwen3_jax").joinpath("chips.toml").read_text("utf-8"))
     chips = {}
     for name, row in rows.items():
         uncertain: list[str] = row.pop("uncertain")
         chips[name] = Chip(name=name, uncertain=tuple(uncertain), **row)
     return chips
-
-
-@dataclasses.dataclass(frozen=True)
-class Efficiency:
-    """How much of a chip's figures a program is taken to reach. Assumed, not measured: shares between 0 and 1."""
-
-    flops: float = 0.75
-    """Of the peak in bfloat16."""
-    hbm: float = 0.85
-    """Of the memory's bandwidth."""
-    links: float = 0.9
-    """Of a link's bandwidth ("How to scale your model" reckons with 90 of 100 GB/s)."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if not 0 < getattr(self, field.name) <= 1:
-                raise ValueError(
-                    f"efficiency.{field.name} is {getattr(self, field.name)}: accepted is a share above 0, up to 1"
-                )
-
-
-ASSUMED = Efficiency()
