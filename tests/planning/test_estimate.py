@@ -21,7 +21,6 @@ from qwen3_jax.planning.estimate import (
 from qwen3_jax.planning.job import Job, PlanError
 from qwen3_jax.planning.programs import device_bytes
 from qwen3_jax.planning.shares import parameters, shares
-from tests.model.models import CONFIGS
 from tests.planning.jobs import job
 
 
@@ -39,7 +38,8 @@ def sent(given, **sizes):
 def test_parameters_of_a_device_are_those_of_its_shards(name, wish):
     mesh = make_mesh(wish)
     given = job(name)
-    held = device_bytes(nnx.state(abstract_model(CONFIGS[name], mesh), nnx.Param)) / 4
+    given = dataclasses.replace(given, config=dataclasses.replace(given.config, vocab_size=93))  # padded to a multiple
+    held = device_bytes(nnx.state(abstract_model(given.config, mesh), nnx.Param)) / 4
     assert parameters(given, shares(given, mesh)).total == held
 
 
