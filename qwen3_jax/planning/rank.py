@@ -216,7 +216,8 @@ def assumptions(job: Job, topology: Topology, efficiency: Efficiency, row: Row) 
         )
     networks = {move.collective.axes: move.network for move in row.moves}
     said += [
-        f"over {' x '.join(axes) or 'groups not known, taken as all devices'}: {words}" for axes, words in networks.items()
+        f"{row.candidate.wish}, over {' x '.join(axes) or 'groups not known, taken as all devices'}: {words}"
+        for axes, words in networks.items()
     ]
     if job.trains:
         said.append("gradients and activations are the analytic model's shares of the compiled temporaries")

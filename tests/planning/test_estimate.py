@@ -112,6 +112,22 @@ def test_traffic_by_hand():
     assert keys == 4 * 2 * 4 * (16 * 64 * 2 * 16 * 2) / 2
 
 
+def test_a_ring_reads_the_experts_that_each_chunk_chose():
+    """Decode of 16 rows, 2 of 8 experts each: one device reads nearly all, one of a ring of 8 those of 2 rows, 8 times."""
+    given = job("moe", "decode", batch=16)
+
+    def read(**sizes):
+        """Experts whose matrices a device reads, all else taken away."""
+        cut = cut_of(given, **sizes)
+        fewer = dataclasses.replace(given, config=dataclasses.replace(given.config, moe_intermediate_size=12))
+        return (device_hbm_bytes(given, cut) - device_hbm_bytes(fewer, cut)) / 2
+
+    matrices = 4 * 3 * 32 * 12  # of half the width, of four layers
+    rows = 4 * 2 * 6 * 12  # what a token's rows are narrower
+    assert read() == pytest.approx(8 * (1 - (3 / 4) ** 16) * matrices + 16 * rows)
+    assert read(expert=8) == pytest.approx(8 * (1 - (3 / 4) ** 2) * matrices + 2 * rows)
+
+
 @pytest.mark.parametrize("axis", ["data", "fsdp", "expert", "context"])
 def test_more_devices_have_less_to_do(axis):
     given = job("moe")
