@@ -16,7 +16,13 @@ def loaded(statement):
 
 
 @pytest.mark.parametrize(
-    "statement", ["import qwen3_jax", "from qwen3_jax.cli.main import main; main(['--help'])", "import qwen3_jax.cli.chat"]
+    "statement",
+    [
+        "import qwen3_jax",
+        "from qwen3_jax.cli.main import main; main(['--help'])",
+        "import qwen3_jax.cli.chat",
+        "import qwen3_jax.cli.plan",
+    ],
 )
 def test_neither_import_nor_help_loads_jax(statement):
     assert not loaded(statement) & {"jax", "flax", "tokenizers", "torch", "transformers"}

@@ -70,12 +70,13 @@ def main(argv: Sequence[str]) -> int:
     from qwen3_jax.planning.job import Job
     from qwen3_jax.planning.page import page
     from qwen3_jax.planning.plan import make_plan, record, write_whole
-    from qwen3_jax.planning.table import show_estimates, show_plan
+    from qwen3_jax.planning.table import WIDEST, show_estimates, show_plan
 
     folder = Path(options.model)
     config = Qwen3Config.from_hf(folder) if folder.is_dir() else Qwen3Config.preset(options.model)
     job = Job(config, options.mode, options.batch, options.seq, options.remat)
     console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.width = max(console.width, WIDEST)  # rows that a narrow terminal breaks are better than figures cut off
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("compiling", total=None)

@@ -81,12 +81,12 @@ def device_flops(job: Job, cut: Shares) -> float:
 def device_hbm_bytes(job: Job, cut: Shares) -> float:
     """Bytes that pass through HBM in a step.
 
-    Weights: each of the passes reads a layer's in bfloat16, whole along embed; in training they are first read in float32 and
-    written in bfloat16, twice, the gradient is written and read in float32, and the optimizer reads and writes weight and two
-    moments and reads the gradient (8 float32 a parameter with the norm of all gradients). Of experts, decode reads those that a
-    token chose: E (1 - (1 - k / E)^tokens of the experts' ring). Activations: each product reads its input and writes its
-    output in bfloat16, in every pass; norms, residuals and the sort of rows add 8 D a token, and 4 k D for experts.
-    Attention's scores stay on the chip. The cache is read once and a token's keys and values are written.
+    Weights: each of the passes reads a layer's in bfloat16, whole along embed. Of experts each chunk of the ring reads those
+    that its t tokens chose: experts E (1 - (1 - k / E)^t). In training weights are first read in float32 and written in
+    bfloat16, twice; the gradient is written and read in float32; the optimizer reads and writes weight and two moments and
+    reads the gradient (8 float32 a parameter with the norm of all gradients). Activations: each product reads its input and
+    writes its output in bfloat16, in every pass; norms, residuals and the sort of rows add 8 D a token, and 4 k D for
+    experts. Attention's scores stay on the chip. The cache is read once.
 
     Args:
         job: the job.
@@ -99,11 +99,11 @@ def device_hbm_bytes(job: Job, cut: Shares) -> float:
     d, h, k = config.hidden_size, config.head_dim, config.num_experts_per_tok
     heads, keys = config.num_attention_heads / cut.heads, config.num_key_value_heads / cut.kv_heads
     held = parameters(job, cut)
-    chosen = 1.0
-    if config.num_experts:
-        chosen = 1 - (1 - k / config.num_experts) ** (t * cut.experts)
-    whole = (held.attention + held.dense + held.router + held.experts * chosen) * cut.embed
-    weights = HALF * passes(job) * whole + HALF * held.words
+    whole = (held.attention + held.dense + held.router + held.experts) * cut.embed
+    # An expert that no token of a chunk chose is not read for it.
+    chosen = 1 - (1 - k / config.num_experts) ** t if config.num_experts else 0.0
+    read = (held.attention + held.dense + held.router + held.experts * chosen * cut.experts) * cut.embed
+    weights = HALF * passes(job) * read + HALF * held.words
     if job.trains:
         weights += 2 * (FLOAT * whole / cut.embed + HALF * whole) + 2 * FLOAT * whole + (8 + 2) * FLOAT * held.total
     wide = {

@@ -71,8 +71,9 @@ class Links:
 
         Along each dimension of the torus the group's devices lie `stride` chips apart, and as many groups share each link.
         Where they go once around a dimension that closes to a ring, a device uses two links of it, else one (the ends of a
-        line have no more). Dimensions add up. A group that a slower network cuts into parts of m devices has at most m times
-        what that network gives one device.
+        line have no more). Dimensions add up; where the group is no box of chips, a step goes along each of them, and they do
+        not. A group that a slower network cuts into parts of m devices has at most m times what that network gives one
+        device.
 
         Args:
             axes: mesh axes; none is no group.
@@ -114,10 +115,14 @@ def _inside(places: np.ndarray, topology: Topology) -> Route:
         return Route(1, math.inf, math.inf, 0, 0, "one device")
     if chip.torus == 0:
         return Route(count, chip.link, chip.link, 1, 1, f"switch, {chip.link / 1e9:g} GB/s")
+    chips = np.unique(places[:, 1:4], axis=0)
+    if len(chips) == 1:
+        link = chip.die_link or chip.link
+        return Route(count, link, link, 1, 1, f"within a chip, {link / 1e9:g} GB/s")
     bandwidth = hops = mean = 0.0
-    strides, words = [], []
+    strides, words, box = [], [], 1
     for dimension, length in enumerate(topology.shape):
-        values = np.unique(places[:, 1 + dimension])
+        values = np.unique(chips[:, dimension])
         if len(values) == 1:
             continue
         stride = int(np.diff(values).min())
@@ -126,13 +131,14 @@ def _inside(places: np.ndarray, topology: Topology) -> Route:
         hops += (len(values) / 2 if closes else len(values) - 1) * stride
         mean += len(values) / (4 if closes else 3) * stride
         strides.append(stride)
+        box *= len(values)
         shared = f" shared by {stride}" if stride > 1 else ""
         words.append(f"{'ring' if closes else 'line'} of {len(values)}{shared}")
-    if not words:  # the devices of one chip
-        link = chip.die_link or chip.link
-        return Route(count, link, link, 1, 1, f"within a chip, {link / 1e9:g} GB/s")
-    said = f"{' x '.join(words)}, {bandwidth / 1e9:.4g} GB/s"
-    return Route(count, bandwidth, chip.link / min(strides), hops, mean, said)
+    one_way = chip.link / min(strides)
+    if box != len(chips):  # across the torus rather than along it: each step takes links of all dimensions
+        bandwidth, one_way = bandwidth / len(words), one_way / len(words)
+        words.append("crosswise")
+    return Route(count, bandwidth, one_way, hops, mean, f"{' x '.join(words)}, {bandwidth / 1e9:.4g} GB/s")
 
 
 def _wraps(chip: Chip, shape: tuple[int, ...], length: int) -> bool:

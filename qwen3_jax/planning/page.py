@@ -21,9 +21,9 @@ COLORS = {
     "waited for": "#ff725c",
 }
 STYLE = """
-body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #222 }
+body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 92em; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0 }
-th, td { padding: .25em .6em; border-bottom: 1px solid #ddd; text-align: right }
+th, td { padding: .25em .5em; border-bottom: 1px solid #ddd; text-align: right }
 th:first-child, td:first-child, td.words { text-align: left } h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
 .scroll { overflow-x: auto } .no { color: #b3261e }
 svg text { font: 12px system-ui, sans-serif; fill: #222 } li { margin: .2em 0 }

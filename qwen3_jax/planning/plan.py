@@ -135,7 +135,9 @@ def _candidate(plan: Plan, row: Row) -> dict[str, Any]:
             "flops": candidate.flops,
             "hbm_bytes": candidate.hbm_bytes,
             "bytes": candidate.memory,
-            "traffic": [dataclasses.asdict(part) for part in candidate.traffic],
+            "traffic": [
+                {**dataclasses.asdict(part), "network": candidate.links.route(part.axes).words} for part in candidate.traffic
+            ],
             "step_seconds": candidate.time.total,
         },
         "assumptions": assumptions(plan.job, plan.topology, plan.efficiency, row),

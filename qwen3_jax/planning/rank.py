@@ -108,7 +108,8 @@ def _row(job: Job, topology: Topology, efficiency: Efficiency, candidate: Candid
         return Row(candidate, outcome, fits, needed, (), None, None, None, _verdict(topology, fits, needed, outcome.reason))
     moves = tuple(_move(candidate, topology, efficiency, move) for move in program.collectives)
     timed = [(move.seconds, move.collective.overlapped) for move in moves]
-    time = step_time(program.flops, program.hbm_bytes, timed, chip, efficiency)
+    flops = candidate.flops if _lacks_flops(job, topology, program) else program.flops
+    time = step_time(flops, program.hbm_bytes, timed, chip, efficiency)
     taken = _compiled_bytes(candidate, outcome.arguments, program)
     fits = taken["total"] <= chip.hbm
     rate, mfu = None, None
@@ -116,6 +117,11 @@ def _row(job: Job, topology: Topology, efficiency: Efficiency, candidate: Candid
         rate = job.tokens / time.total / topology.chips
         mfu = model_flops(job) / (time.total * topology.devices * chip.bf16_flops)
     return Row(candidate, outcome, fits, taken, moves, time, rate, mfu, _verdict(topology, fits, taken, None))
+
+
+def _lacks_flops(job: Job, topology: Topology, program: Program) -> bool:
+    """Whether a program counts fewer FLOPs than the model itself asks for: calls of libraries and kernels may declare none."""
+    return program.flops < 0.9 * model_flops(job) / topology.devices
 
 
 def _move(candidate: Candidate, topology: Topology, efficiency: Efficiency, collective: Collective) -> Move:
@@ -201,9 +207,17 @@ def assumptions(job: Job, topology: Topology, efficiency: Efficiency, row: Row) 
         "collectives run one after the other, and what overlaps is hidden up to the length of that work",
         f"links run at {efficiency.links:.0%} of their bandwidth; a hop takes {chip.hop_seconds * 1e6:g} us",
     ]
+    program = row.outcome.program
+    if program is not None and _lacks_flops(job, topology, program):
+        share = program.flops * topology.devices / model_flops(job)
+        said.append(
+            f"{row.candidate.wish}: the compiled program counts {share:.0%} of the FLOPs that the model asks for, so products "
+            "take the analytic model's"
+        )
     networks = {move.collective.axes: move.network for move in row.moves}
     said += [
-        f"over {' x '.join(axes) or 'groups not known, taken as all devices'}: {words}" for axes, words in networks.items()
+        f"{row.candidate.wish}, over {' x '.join(axes) or 'groups not known, taken as all devices'}: {words}"
+        for axes, words in networks.items()
     ]
     if job.trains:
         said.append("gradients and activations are the analytic model's shares of the compiled temporaries")
@@ -213,6 +227,6 @@ def assumptions(job: Job, topology: Topology, efficiency: Efficiency, row: Row) 
     )
     said.append("kernels count with the FLOPs and bytes that they declare, whatever they reach")
     said += [f"chip fact not certain: {what}" for what in chip.uncertain]
-    if row.outcome.program is not None:
-        said += [f"not known of the program: {what}" for what in row.outcome.program.unknown]
+    if program is not None:
+        said += [f"not known of the program: {what}" for what in program.unknown]
     return said

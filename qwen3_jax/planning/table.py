@@ -7,7 +7,7 @@ from qwen3_jax.planning.candidates import Candidate
 from qwen3_jax.planning.plan import Plan
 from qwen3_jax.planning.rank import Row, assumptions
 
-WIDEST = 130  # columns of the widest table
+WIDEST = 130  # letters in a row of the widest table
 PARTS = ("weights", "optimizer", "cache", "gradients", "activations", "working")
 
 
@@ -83,5 +83,4 @@ def _print(console: Console, title: str, names: tuple[str, ...], rows: list[tupl
         table.add_column(name, justify="left" if name == "mesh" else "right", no_wrap=True)
     for mesh, cells in rows:
         table.add_row(mesh, *cells)
-    # Lines that a narrow terminal breaks are better than figures cut off.
-    console.print(table, width=max(console.width, WIDEST))
+    console.print(table)

@@ -21,7 +21,6 @@ from qwen3_jax.planning.estimate import (
 from qwen3_jax.planning.job import Job, PlanError
 from qwen3_jax.planning.programs import device_bytes
 from qwen3_jax.planning.shares import parameters, shares
-from tests.model.models import CONFIGS
 from tests.planning.jobs import job
 
 
@@ -39,7 +38,8 @@ def sent(given, **sizes):
 def test_parameters_of_a_device_are_those_of_its_shards(name, wish):
     mesh = make_mesh(wish)
     given = job(name)
-    held = device_bytes(nnx.state(abstract_model(CONFIGS[name], mesh), nnx.Param)) / 4
+    given = dataclasses.replace(given, config=dataclasses.replace(given.config, vocab_size=93))  # padded to a multiple
+    held = device_bytes(nnx.state(abstract_model(given.config, mesh), nnx.Param)) / 4
     assert parameters(given, shares(given, mesh)).total == held
 
 
@@ -110,6 +110,22 @@ def test_traffic_by_hand():
     assert gathered["reduce-scatter", "gradients"] == 4 * layers / 2
     keys = sent(given, context=2)["all-gather", "keys and values"]
     assert keys == 4 * 2 * 4 * (16 * 64 * 2 * 16 * 2) / 2
+
+
+def test_a_ring_reads_the_experts_that_each_chunk_chose():
+    """Decode of 16 rows, 2 of 8 experts each: one device reads nearly all, one of a ring of 8 those of 2 rows, 8 times."""
+    given = job("moe", "decode", batch=16)
+
+    def read(**sizes):
+        """Experts whose matrices a device reads, all else taken away."""
+        cut = cut_of(given, **sizes)
+        fewer = dataclasses.replace(given, config=dataclasses.replace(given.config, moe_intermediate_size=12))
+        return (device_hbm_bytes(given, cut) - device_hbm_bytes(fewer, cut)) / 2
+
+    matrices = 4 * 3 * 32 * 12  # of half the width, of four layers
+    rows = 4 * 2 * 6 * 12  # what a token's rows are narrower
+    assert read() == pytest.approx(8 * (1 - (3 / 4) ** 16) * matrices + 16 * rows)
+    assert read(expert=8) == pytest.approx(8 * (1 - (3 / 4) ** 2) * matrices + 2 * rows)
 
 
 @pytest.mark.parametrize("axis", ["data", "fsdp", "expert", "context"])

@@ -43,6 +43,13 @@ def test_groups_that_lie_apart_share_links():
     assert far.words == "ring of 8 shared by 2, 100 GB/s" and far.one_way == 50e9 and far.hops == 8
 
 
+def test_groups_that_lie_across_the_torus():
+    """Opposite corners of a square: two ways of two links each, which the other corners use as well."""
+    corners = np.array([[0, 0, 0, 0, 0], [0, 1, 1, 0, 0]])
+    found = _route(corners, parse_topology("v5e:2x2"))
+    assert (found.bandwidth, found.one_way, found.hops) == (50e9, 25e9, 2) and "crosswise" in found.words
+
+
 def test_between_slices_the_slow_network_counts():
     across = route("v5p:2x2x1", "data=2,fsdp=4", "data", slices=2)
     assert across.bandwidth == 6.25e9 and "between 2 slices" in across.words

@@ -62,6 +62,18 @@ def test_a_step_by_hand():
     ]
 
 
+def test_flops_that_a_program_does_not_declare_are_the_analytic_ones():
+    plan = plan_of(outcome(flops=1e6, collectives=()))
+    row = plan.rows[0]
+    assert row.time and row.time.compute == pytest.approx(row.candidate.flops / (459e12 / 2))
+    said = assumptions(plan.job, plan.topology, plan.efficiency, row)
+    share = 4 * 1e6 / record(plan)["model_flops"]
+    assert any(line.startswith(f"fsdp=2,tensor=2: the compiled program counts {share:.0%} of the FLOPs") for line in said)
+    assert not any(
+        "compiled program counts" in line for line in assumptions(plan.job, plan.topology, SURE, plan_of(outcome()).rows[0])
+    )
+
+
 def test_what_overlaps_is_hidden_up_to_the_work_beside_it():
     chip = load_chips()["v5p"]
     time = step_time(0, 2765e9 / 2, [(3.0, True), (0.25, False)], chip, SURE)
