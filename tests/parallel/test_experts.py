@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -121,9 +122,11 @@ def test_the_ring_moves_while_it_works():
 
 
 def test_all_to_all_sends_what_is_filled_on_a_tpu():
+    """It may come in two halves in the schedule, but no loop of products stands between them: the cost model says so."""
     text = compiled("all_to_all")
-    assert "ragged_all_to_all_type" in text or "ragged-all-to-all(" in text
-    assert all("ragged" not in overlap.start for overlap in overlaps(text))  # nothing hides it: the cost model says so
+    sent = [overlap for overlap in overlaps(text) if overlap.kind == "ragged-all-to-all"]
+    assert re.search(r"= .*ragged-all-to-all(-start)?\(", text)
+    assert not any("while" in name for overlap in sent for name in overlap.work)
 
 
 def compiled(transport: str) -> str:

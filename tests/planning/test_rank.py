@@ -5,7 +5,6 @@ import json
 from xml.etree import ElementTree
 
 import pytest
-from qwen3_jax.planning.program import Collective, Program
 from rich.console import Console
 
 from qwen3_jax.chips import load_chips
@@ -14,6 +13,7 @@ from qwen3_jax.planning.compile import Outcome
 from qwen3_jax.planning.efficiency import Efficiency
 from qwen3_jax.planning.page import chart, page
 from qwen3_jax.planning.plan import Plan, record, write_whole
+from qwen3_jax.planning.program import Collective, Program
 from qwen3_jax.planning.rank import assumptions, ranked
 from qwen3_jax.planning.roofline import step_time
 from qwen3_jax.planning.table import show_plan
