@@ -213,7 +213,7 @@ def _gathered(layout: Layout, weights: Weights, layer: Any, dtype: Any) -> Weigh
     def one(weight: Any, axis: int) -> Any:
         if layout.stacked:
             weight = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
-        weight = weight.astype(dtype)
+        weight = pallas_kernels.cast(weight, dtype)  # a plain conversion would be one of all layers
         return jax.lax.all_gather(weight, layout.embed, axis=axis, tiled=True) if layout.embed else weight
 
     return tuple(one(weight, names.index("embed")) for weight, names in zip(weights, AXES, strict=True))
