@@ -87,6 +87,37 @@ def trained_model(config: Qwen3Config, state: TrainState, *, dtype: DTypeLike = 
     return nnx.merge(_graph(config, mesh_of(state.params), rules, jnp.dtype(dtype)), state.params)
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """What `make_train_step` returns: call it to train, lower it to compile for devices that are not there.
+
+    Attributes:
+        jitted: the step as a jitted function of state, batch and graph.
+        graph: all of the model but its parameters, for a mesh.
+    """
+
+    jitted: Any
+    graph: Callable[[Mesh | None], Any]
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One step: the next state, and metrics. The state given is donated."""
+        with on_mesh_of(state.params) as mesh:
+            return self.jitted(state, batch, self.graph(mesh))
+
+    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+        """The step's program, to be compiled.
+
+        Args:
+            state: jax.ShapeDtypeStructs with shardings are enough.
+            batch: likewise.
+
+        Returns:
+            What `.compile()` makes a program of.
+        """
+        with on_mesh_of(state.params) as mesh:
+            return self.jitted.lower(state, batch, self.graph(mesh))
+
+
 @functools.cache
 def _graph(config: Qwen3Config, mesh: Mesh | None, rules: Rules, dtype: jnp.dtype) -> Any:
     """All of a model but its parameters: what a mesh and the rules make of the config."""
@@ -101,7 +132,7 @@ def make_train_step(
     remat: str = "full",
     z_loss: float = 0.0,
     rules: Rules = RULES,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> TrainStep:
     """A jitted step of gradient descent, its state donated; it runs on the mesh that the state lies on.
 
     Args:
@@ -135,12 +166,7 @@ def make_train_step(
         metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
-    def run(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        graph = _graph(config, mesh_of(state.params), rules, jnp.dtype(dtype))
-        with on_mesh_of(state.params):
-            return step(state, batch, graph)
-
-    return run
+    return TrainStep(step, lambda mesh: _graph(config, mesh, rules, jnp.dtype(dtype)))
 
 
 def expert_load(router: jax.Array, top_k: int, mask: jax.Array | None = None) -> jax.Array:
