@@ -26,7 +26,8 @@ def cast(
         x: any float dtype.
         dtype: of the result.
         implementation: "tpu" (a Pallas kernel, between float32 and bfloat16) or "reference" (a plain conversion); None is "tpu"
-            where the program is lowered for a TPU and the array has whole tiles of it. Inside shard_map "tpu" needs check_vma=False.
+            where the program is lowered for a TPU and the array has whole tiles of it. Inside shard_map "tpu" needs
+            check_vma=False.
 
     Returns:
         x in that dtype, rounded to nearest even; x itself where it has it. The gradient is cast to x's dtype.

@@ -9,7 +9,7 @@ from qwen3_jax.config import BlockKind, Qwen3Config
 from qwen3_jax.model.attention import Attention, Places
 from qwen3_jax.model.cache import KeyValues
 from qwen3_jax.model.mlp import MLP
-from qwen3_jax.model.moe import MoE
+from qwen3_jax.model.moe import MoE, Routed
 from qwen3_jax.model.norm import RMSNorm
 
 
@@ -34,7 +34,7 @@ class Block(nnx.Module):
         cache: KeyValues | None,
         layer: Int[Array, ""] | int,
         repeat: Int[Array, ""] | int | None,
-    ) -> tuple[Float[Array, "B T D"], KeyValues | None, Float[Array, "B T E"] | None]:
+    ) -> tuple[Float[Array, "B T D"], KeyValues | None, Routed | None]:
         """The residual stream after this layer.
 
         Args:
@@ -45,14 +45,14 @@ class Block(nnx.Module):
             repeat: this layer's index in its segment's stack, for expert weights that are stacks.
 
         Returns:
-            The stream, the cache, and the router's logits of a MoE layer (None of a dense one).
+            The stream, the cache, and what became of the rows of a MoE layer (None of a dense one).
         """
         with jax.named_scope("attention"):
             out, cache = self.attention(self.attention_norm(x), places, cache, layer)
             x = x + out
         if self.is_moe:
             with jax.named_scope("moe"):
-                out, router = self.moe(self.mlp_norm(x), repeat)
-            return x + out, cache, router
+                out, routed = self.moe(self.mlp_norm(x), repeat)
+            return x + out, cache, routed
         with jax.named_scope("mlp"):
             return x + self.mlp(self.mlp_norm(x)), cache, None

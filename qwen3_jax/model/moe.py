@@ -1,5 +1,8 @@
 """The mixture-of-experts layer: every token goes through its top-k experts, and none is ever dropped."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,6 +13,20 @@ from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.mlp import Projection
 from qwen3_jax.model.param import ExpertParam, normal_param
 from qwen3_jax.parallel.experts import apply_experts
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routed:
+    """What a layer tells of its routing. A pytree.
+
+    Attributes:
+        logits: [B, T, E] float32, the router's.
+        dropped: int32 scalar, rows that were sent to an expert and did not come back.
+    """
+
+    logits: Any
+    dropped: Any
 
 
 class MoE(nnx.Module):
@@ -36,7 +53,7 @@ class MoE(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], layer: Int[Array, ""] | int | None = None
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T E"]]:
+    ) -> tuple[Float[Array, "B T D"], Routed]:
         """The weighted sum of each token's experts.
 
         Args:
@@ -44,12 +61,13 @@ class MoE(nnx.Module):
             layer: which layer of the stack to read, when the expert weights are stacks.
 
         Returns:
-            The layer's output in x's dtype, and the router's logits in float32.
+            The layer's output in x's dtype, and what became of its rows.
         """
         logits = self.router(x).astype(jnp.float32)
         weights, experts = self.route(logits)
         matrices = (self.gate[...], self.up[...], self.down[...])
-        return apply_experts(matrices, x, weights, experts, layer if self.gate.ndim == 4 else None), logits
+        out, dropped = apply_experts(matrices, x, weights, experts, layer if self.gate.ndim == 4 else None)
+        return out, Routed(logits, dropped)
 
     def route(self, logits: Float[Array, "*B E"]) -> tuple[Float[Array, "*B k"], Int[Array, "*B k"]]:
         """Float32 weights and indices of each token's experts: softmax over all experts, then the k largest."""

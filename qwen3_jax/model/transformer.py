@@ -16,6 +16,7 @@ from qwen3_jax.model.attention import Places
 from qwen3_jax.model.block import Block
 from qwen3_jax.model.cache import Cache, KeyValues
 from qwen3_jax.model.embed import Embed
+from qwen3_jax.model.moe import Routed
 from qwen3_jax.model.norm import RMSNorm
 from qwen3_jax.model.param import ExpertParam
 from qwen3_jax.model.places import in_text_order, spread
@@ -36,12 +37,15 @@ class Output:
         hidden: [B, T, D] after the final norm, in the compute dtype.
         router: [L_moe, B, T, E] float32, router logits of the MoE layers in order; L_moe is 0 for a dense model.
         cache: the cache after this call, or None when none was given.
+        dropped: [L_moe] int32, rows of each MoE layer that were sent to an expert and did not come back; all 0 unless the
+            rules' dispatch bounds the rounds.
     """
 
     logits: Any
     hidden: Any
     router: Any
     cache: Any
+    dropped: Any
 
 
 @jax.tree_util.register_dataclass
@@ -175,22 +179,26 @@ class Qwen3(nnx.Module):
         x = self.embed(tokens, self.dtype)
         carry: Carry = (x, None if cache is None else KeyValues(cache.k, cache.v))
         if layers is None:
-            carry, routers = self._scan(carry, places, remat)
+            carry, routed = self._scan(carry, places, remat)
         else:
             blocks, repeats = [layer.block for layer in layers], [layer.repeat for layer in layers]
-            carry, routers = _layers(blocks, carry, places, range(len(layers)), repeats)
-            routers = [jnp.stack(routers)] if routers else []
+            carry, routed = _layers(blocks, carry, places, range(len(layers)), repeats)
+            routed = [] if routed is None else [routed]
         x, key_values = carry
         hidden = in_text_order(self.norm(x), axis=1)
         batch, length = tokens.shape
-        empty = jnp.zeros((0, batch, length, self.config.num_experts), jnp.float32)
+        router, dropped = jnp.zeros((0, batch, length, self.config.num_experts), jnp.float32), jnp.zeros(0, jnp.int32)
+        if routed:
+            router = in_text_order(jnp.concatenate([segment.logits for segment in routed]), axis=2)
+            dropped = jnp.concatenate([segment.dropped for segment in routed])
         if rows is not None and key_values is not None:
             cache = Cache(key_values.k, key_values.v, rows.segments, rows.lengths, rows.positions)
         return Output(
             logits=self._head.logits(hidden) if output == "logits" else None,
             hidden=hidden,
-            router=in_text_order(jnp.concatenate(routers), axis=2) if routers else empty,
+            router=router,
             cache=cache,
+            dropped=dropped,
         )
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -220,9 +228,9 @@ class Qwen3(nnx.Module):
     def _head(self) -> Embed:
         return self.embed if self.lm_head is None else self.lm_head
 
-    def _scan(self, carry: Carry, places: Places, remat: str) -> tuple[Carry, list[jax.Array]]:
-        """All segments, one scan each; router logits [layers of the segment, B, T, E] of each segment that has experts."""
-        routers, first = [], 0
+    def _scan(self, carry: Carry, places: Places, remat: str) -> tuple[Carry, list[Routed]]:
+        """All segments, one scan each; what became of the rows of each segment that has experts, its layers stacked."""
+        routed, first = [], 0
         for unit, segment in zip(self.segments, self.config.segments(), strict=True):
             graph, experts, rest = nnx.split(unit, ExpertParam, ...)
             # With a cache nothing is differentiated: expert weights stay out of the scan's slices, and the grouped matmul reads
@@ -236,15 +244,14 @@ class Qwen3(nnx.Module):
                 parts = (experts, sliced) if whole else sliced
                 blocks = nnx.merge(graph, *parts).blocks
                 indices = [first + repeat * size + i for i in range(size)]
-                carry, router = _layers(blocks, carry, places, indices, [repeat if whole else None] * size)
-                return carry, jnp.stack(router) if router else None
+                return _layers(blocks, carry, places, indices, [repeat if whole else None] * size)
 
             steps = (jnp.arange(segment.repeats), rest if whole else (experts, rest))
-            carry, router = jax.lax.scan(rematerialised(body, remat), carry, steps)
-            if router is not None:
-                routers.append(router.reshape(-1, *router.shape[2:]))
+            carry, found = jax.lax.scan(rematerialised(body, remat), carry, steps)
+            if found is not None:
+                routed.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found))
             first += segment.repeats * size
-        return carry, routers
+        return carry, routed
 
 
 def _layers(
@@ -253,15 +260,15 @@ def _layers(
     places: Places,
     indices: Sequence[int | jax.Array],
     repeats: Sequence[int | jax.Array | None],
-) -> tuple[Carry, list[jax.Array]]:
-    """These layers one after another; the router logits of those with experts."""
+) -> tuple[Carry, Routed | None]:
+    """These layers one after another; what became of the rows of those with experts, stacked."""
     x, cache = carry
-    routers = []
+    routed = []
     for block, index, repeat in zip(blocks, indices, repeats, strict=True):
-        x, cache, router = block(x, places, cache, index, repeat)
-        if router is not None:
-            routers.append(router)
-    return (x, cache), routers
+        x, cache, found = block(x, places, cache, index, repeat)
+        if found is not None:
+            routed.append(found)
+    return (x, cache), jax.tree.map(lambda *leaves: jnp.stack(leaves), *routed) if routed else None
 
 
 def _check_inputs(

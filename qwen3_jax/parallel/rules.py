@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 import pallas_kernels
+from qwen3_jax.parallel.dispatch import Dispatch
 from qwen3_jax.parallel.mesh import AXES, MeshError
 
 MeshAxes = str | tuple[str, ...] | None
@@ -31,9 +32,11 @@ class Rules:
 
     Attributes:
         rows: pairs of a logical axis and the mesh axes that it is split over, in order; () is never split.
+        dispatch: how tokens travel to experts.
     """
 
     rows: tuple[tuple[str, tuple[str, ...]], ...]
+    dispatch: Dispatch = Dispatch()
 
     @functools.cached_property
     def table(self) -> dict[str, tuple[str, ...]]:
@@ -61,7 +64,7 @@ class Rules:
                 if part not in AXES:
                     raise MeshError(f"rule {name} -> {part!r}: no such mesh axis; accepted are {', '.join(AXES)}")
             table[name] = parts
-        return Rules(tuple(table.items()))
+        return dataclasses.replace(self, rows=tuple(table.items()))
 
     def axes(self, name: str | None, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
         """The mesh axes that a logical axis is split over; those that the mesh lacks are left out.

@@ -1,8 +1,8 @@
 """Words on a mesh: their rows, split over the vocabulary, stay where they are, and tokens travel to them.
 
 A row of 151,936 words gathered at every use, and its gradient before it is scattered, would be the largest arrays of a training
-step. The table is padded in memory to a multiple of its shards. Tokens travel in blocks, for the rows of everybody's at once would
-be larger still.
+step. The table is padded in memory to a multiple of its shards. Tokens travel in blocks, for the rows of everybody's at once
+would be larger still.
 """
 
 import functools

@@ -144,8 +144,9 @@ def make_train_step(
         rules: which mesh axes split what; the model's own.
 
     Returns:
-        step(state, batch) -> (state, metrics); metrics are float32: loss (cross-entropy), balance_loss, grad_norm, and
-        expert_load [L_moe, E], the share of each layer's rows that each expert got.
+        step(state, batch) -> (state, metrics); metrics are float32: loss (cross-entropy), balance_loss, grad_norm,
+        expert_load [L_moe, E], the share of each layer's rows that each expert got; and int32 dropped_rows, rows sent to
+        experts minus rows that came back.
     """
 
     def loss_fn(params: Any, batch: Batch, graph: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -155,7 +156,8 @@ def make_train_step(
         losses, normaliser = model.losses(out.hidden, batch.labels)
         loss = mean_loss(losses, normaliser, batch.labels, batch.mask, z_loss)
         balance = load_balancing_loss(out.router, config.num_experts, config.num_experts_per_tok, real)
-        metrics = dict(loss=loss, balance_loss=balance, expert_load=expert_load(out.router, config.num_experts_per_tok, real))
+        load = expert_load(out.router, config.num_experts_per_tok, real)
+        metrics = dict(loss=loss, balance_loss=balance, expert_load=load, dropped_rows=out.dropped.sum())
         return loss + config.router_aux_loss_coef * balance, metrics
 
     @functools.partial(jax.jit, donate_argnums=0, static_argnums=2)

@@ -1,5 +1,6 @@
 """The same numbers on any mesh: logits, router, loss and every gradient beside one device's."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from qwen3_jax import Batch, Qwen3, abstract_model, adamw, init_cache, init_train_state, make_mesh, make_train_step
+from qwen3_jax.parallel.dispatch import Dispatch
 from qwen3_jax.parallel.rules import RULES, Rules
 from qwen3_jax.training.losses import load_balancing_loss, mean_loss
 from qwen3_jax.training.step import trained_model
@@ -85,18 +87,24 @@ def assert_close(found, wanted, what):
         ("dense", "context=8"),
         ("sliding", "fsdp=2,context=2,tensor=2"),
         ("bias", "data=2,tensor=4"),
-        ("moe", "expert=8"),
+        ("moe", "expert=8 ring"),
+        ("moe", "expert=8 all_to_all"),
+        ("moe", "expert=8 gather"),
         ("moe", "fsdp=4,tensor=2"),
-        ("moe", "fsdp=2,expert=2,tensor=2"),
-        ("alternating", "data=2,fsdp=2,expert=2"),
-        ("alternating", "expert=4,context=2"),
-        ("mixed", "expert=2,context=2,tensor=2"),
-        ("moe", "fsdp=4,expert=2 experts=fsdp+expert"),
+        ("moe", "fsdp=2,expert=2,tensor=2 ring"),
+        ("moe", "fsdp=2,expert=2,tensor=2 all_to_all"),
+        ("alternating", "data=2,fsdp=2,expert=2 all_to_all"),
+        ("alternating", "expert=4,context=2 ring"),
+        ("mixed", "expert=2,context=2,tensor=2 gather"),
+        ("moe", "fsdp=4,expert=2 ring experts=fsdp+expert"),
+        ("moe", "fsdp=4,expert=2 all_to_all experts=fsdp+expert"),
     ],
 )
 def test_equal_to_one_device(name, wish):
-    wish, _, rows = wish.partition(" ")
+    wish, transport, rows, *_ = *wish.split(), *("auto", "")[wish.count(" ") :], ""
     rules = RULES.replace(experts=tuple(rows.partition("=")[2].split("+"))) if rows else RULES
+    # Buffers of less than what is sent, so that they are filled more than once.
+    rules = dataclasses.replace(rules, dispatch=Dispatch(transport, slack=0.6))
     mesh = make_mesh(wish)
     model = on_mesh(skewed(name), mesh, rules)
     with jax.set_mesh(mesh):

@@ -1,0 +1,128 @@
+"""Tokens to experts and back by each transport, with buffers that overflow, and what is counted when they may not."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qwen3_jax import make_mesh
+from qwen3_jax.parallel.dispatch import TRANSPORTS, Dispatch
+from qwen3_jax.parallel.experts import AXES, apply_experts
+from qwen3_jax.parallel.rules import RULES, use_rules
+from qwen3_jax.parallel.transports import exchange
+
+EXPERTS, WIDTH, EMBED, TOP_K = 8, 16, 8, 4
+ROWS, LENGTH = 8, 16
+
+
+@functools.cache
+def weights():
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(EXPERTS, WIDTH, EMBED), (EXPERTS, WIDTH, EMBED), (EXPERTS, EMBED, WIDTH)]
+    return tuple(jax.random.normal(key, shape) / 4 for key, shape in zip(keys, shapes, strict=True))
+
+
+def tokens():
+    keys = jax.random.split(jax.random.key(1), 2)
+    return jax.random.normal(keys[0], (ROWS, LENGTH, EMBED)), jax.random.uniform(keys[1], (ROWS, LENGTH, TOP_K))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(dispatch, weights, x, routing, ids):
+    """Sums, dropped rows, and the gradients of a function of the sums."""
+
+    def loss(weights, x, routing):
+        with use_rules(dataclasses.replace(RULES, dispatch=dispatch)):
+            out, dropped = apply_experts(weights, x, routing, ids)
+        return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum(), (out, dropped)
+
+    gradients, (out, dropped) = jax.grad(loss, (0, 1, 2), has_aux=True)(weights, x, routing)
+    return out, dropped, gradients
+
+
+def on_mesh(mesh, dispatch, ids):
+    rows = NamedSharding(mesh, RULES.spec("batch", "seq", None, mesh=mesh))
+    split = [NamedSharding(mesh, RULES.spec(*names, mesh=mesh)) for names in AXES]
+    args = tuple(map(jax.device_put, weights(), split)), *jax.device_put((*tokens(), ids), rows)
+    with jax.set_mesh(mesh):
+        return run(dispatch, *args)
+
+
+def chosen(skew: float, seed: int) -> jax.Array:
+    """Different experts for each token, the first of them the likelier the larger `skew`."""
+    noise = np.random.default_rng(seed).gumbel(size=(ROWS, LENGTH, EXPERTS))
+    return jnp.asarray(np.argsort(-(noise - skew * np.arange(EXPERTS)), axis=-1)[..., :TOP_K], jnp.int32)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@settings(max_examples=12, deadline=None)
+@given(skew=st.sampled_from([0.0, 0.5, 50.0]), seed=st.integers(0, 99))
+def test_nothing_is_dropped_however_experts_are_chosen(transport, skew, seed):
+    """Buffers of a fifth of what evenly used experts would fill; with skew=50 all tokens pick the same four of two shards."""
+    ids = chosen(skew, seed)
+    found, dropped, gradients = on_mesh(make_mesh("data=2,expert=4"), Dispatch(transport, slack=0.2), ids)
+    wanted, none, wanted_gradients = run(Dispatch(), weights(), *tokens(), ids)
+    assert dropped == none == 0
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted_gradients), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * float(jnp.abs(other).max()))
+
+
+def test_what_a_forbidden_round_drops_is_counted():
+    ids = chosen(0.5, 3)
+    mesh = make_mesh("data=2,expert=4")
+    per_shard = np.asarray(ids).reshape(8, -1) // 2  # of each shard's tokens, the shard of experts that their rows go to
+    counts = np.stack([np.bincount(part, minlength=4) for part in per_shard])
+    _, dropped, _ = on_mesh(mesh, Dispatch("ring", slack=0.5, rounds=1), ids)
+    capacity = LENGTH * TOP_K // 4 // 2  # a chunk's rows for one shard, halved
+    assert dropped == np.maximum(counts - capacity, 0).sum() > 0
+    # Every pair of shards may swap 8 tokens: what a token has to do on a shard is lost with it.
+    _, dropped, _ = on_mesh(mesh, Dispatch("all_to_all", slack=0.5, rounds=1), ids)
+    goes = (np.asarray(ids).reshape(8, LENGTH, TOP_K)[..., None] // 2 == np.arange(4)).sum(axis=2)
+    late = np.where(np.cumsum(goes > 0, axis=1) > 8, goes, 0).sum(axis=(1,))
+    kept = goes.sum(axis=1) - late
+    arrived = kept.reshape(2, 4, 4).sum(axis=1)  # rows on each shard of experts of each half of the data
+    assert dropped == late.sum() + np.maximum(arrived - LENGTH * TOP_K // 2, 0).sum() > 0
+
+
+def test_an_exchange_swaps_what_is_filled():
+    mesh = make_mesh(expert=8)
+    filled = np.random.default_rng(0).integers(0, 4, (8, 8)).astype(np.int32)  # [sender, receiver]
+    blocks = np.arange(1, 8 * 8 * 3 + 1, dtype=np.int32).reshape(8, 8, 3)
+    spec = PartitionSpec("expert")
+
+    def swap(x, sent, received):
+        return exchange(x, sent, received, ("expert",), 3)
+
+    with jax.set_mesh(mesh):
+        args = [jax.device_put(a.reshape(-1), NamedSharding(mesh, spec)) for a in (blocks, filled, filled.T)]
+        found = jax.jit(jax.shard_map(swap, in_specs=(spec,) * 3, out_specs=spec, check_vma=False))(*args)
+    wanted = np.where(np.arange(3) < filled[..., None], blocks, 0).swapaxes(0, 1)
+    np.testing.assert_array_equal(np.asarray(found).reshape(8, 8, 3), wanted)
+
+
+def compiled(transport: str, slack: float = 1.5) -> str:
+    """The text of a layer's experts and their gradients for four chips."""
+    mesh = make_mesh(expert=4, devices=topologies.get_topology_desc("v5p:2x2x1", "tpu").devices)
+
+    def shape(*sizes, names, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, RULES.spec(*names, mesh=mesh)))
+
+    rows = ("batch", "seq", None)
+    args = (
+        (*[shape(8, 256, 512, names=("experts", "mlp", "embed"))] * 2, shape(8, 512, 256, names=("experts", "embed", "mlp"))),
+        shape(4, 1024, 512, names=rows),
+        shape(4, 1024, 4, names=rows, dtype=jnp.float32),
+        shape(4, 1024, 4, names=rows, dtype=jnp.int32),
+    )
+    with jax.set_mesh(mesh):
+        text = run.lower(Dispatch(transport, slack), *args).compile().as_text()
+    assert text is not None
+    return text
