@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+import pallas_kernels
 from qwen3_jax.parallel import transports
 from qwen3_jax.parallel.dispatch import Chip, Choice, Work, choose
 from qwen3_jax.parallel.expert_rows import Weights, local_experts, visit, visit_back
