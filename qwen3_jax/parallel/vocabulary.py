@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
-from qwen3_jax.parallel.rules import active_rules, meshless, spec
+from qwen3_jax.parallel.rules import Rules, active_rules, meshless, spec, use_rules
 
 ROWS = 2**25  # values of the rows of a block on a shard: 64 MiB in 16-bit floats
 
@@ -39,11 +39,11 @@ def look_up(weight: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DType
     """
     if meshless():
         return weight[tokens].astype(dtype)
-    return _look_up(jnp.dtype(dtype), weight, tokens)
+    return _look_up(jnp.dtype(dtype), active_rules(), weight, tokens)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _look_up(dtype: jnp.dtype, weight: Array, tokens: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _look_up(dtype: jnp.dtype, rules: Rules, weight: Array, tokens: Array) -> Array:
     vocab, travelling, staying = vocabulary_axes()
 
     def local(weight: Array, tokens: Array) -> Array:
@@ -63,15 +63,17 @@ def _look_up(dtype: jnp.dtype, weight: Array, tokens: Array) -> Array:
     )
 
 
-def _look_up_forward(dtype: jnp.dtype, weight: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _look_up(dtype, weight, tokens), (weight, tokens)
+def _look_up_forward(dtype: jnp.dtype, rules: Rules, weight: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _look_up(dtype, rules, weight, tokens), (weight, tokens)
 
 
-def _look_up_backward(dtype: jnp.dtype, kept: tuple[Array, Array], d_rows: Array) -> tuple[Array, None]:
+def _look_up_backward(dtype: jnp.dtype, rules: Rules, kept: tuple[Array, Array], d_rows: Array) -> tuple[Array, None]:
     weight, tokens = kept
-    rules, mesh = active_rules(), jax.sharding.get_abstract_mesh()
-    vocab, travelling, _ = vocabulary_axes()
-    others = tuple(a for a in (*rules.axes("batch", mesh), *rules.axes("seq", mesh)) if a not in vocab)
+    with use_rules(rules):  # those of the call, which is over
+        table, places, rows = spec("vocab", None), spec("batch", "seq"), spec("batch", "seq", None)
+        vocab, travelling, _ = vocabulary_axes()
+    mesh = jax.sharding.get_abstract_mesh()
+    others = tuple(axis for axis in (*rules.axes("batch", mesh), *rules.axes("seq", mesh)) if axis not in vocab)
 
     def local(weight: Array, tokens: Array, d_rows: Array) -> Array:
         def block(total: Array, piece: tuple[Array, Array]) -> tuple[Array, None]:
@@ -87,9 +89,8 @@ def _look_up_backward(dtype: jnp.dtype, kept: tuple[Array, Array], d_rows: Array
         total, _ = jax.lax.scan(block, total, pieces)
         return (jax.lax.psum(total, others) if others else total).astype(weight.dtype)
 
-    table = spec("vocab", None)
-    given = (table, spec("batch", "seq"), spec("batch", "seq", None))
-    return jax.shard_map(local, in_specs=given, out_specs=table, check_vma=False)(weight, tokens, d_rows), None
+    run = jax.shard_map(local, in_specs=(table, places, rows), out_specs=table, check_vma=False)
+    return run(weight, tokens, d_rows), None
 
 
 _look_up.defvjp(_look_up_forward, _look_up_backward)
