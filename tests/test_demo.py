@@ -12,7 +12,7 @@ from rich.console import Console
 
 from qwen3_jax import ThinkingBudget
 from tools.demo.__main__ import PEAK_RATE, schedule, text_after_cut
-from tools.demo.report import answer_panel, load_table, terminal_curve, verdict_line
+from tools.demo.report import answer_panel, largest_difference, load_table, mesh_line, terminal_curve, verdict_line
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 19, 20, 21, 80, 400])
@@ -50,18 +50,25 @@ def test_a_cut_is_one_only_where_the_words_stand_and_text_follows(written, follo
 def test_all_that_the_demo_shows_fits_one_screen():
     screen = io.StringIO()
     console = Console(file=screen, width=80)
-    # The lines of __main__: two of title, speed, held-out loss, export, picture.
-    for _ in range(6):
+    # The lines of __main__: two of title, speed, held-out loss, mesh, export, picture.
+    for _ in range(7):
         console.print("x")
     console.print(terminal_curve(list(np.linspace(8, 2, 400))))
     console.print(load_table(np.full((4, 8), 1 / 8), [1, 2, 4, 5]))
     for name in ("thinking", "not thinking", "cut after 3 tokens of thought"):
         console.print(answer_panel(name, "<think>\n\n[red]words" + " of a long thought" * 60 + "\n\n</think>\n\nx = [1]\n" * 5))
-    console.print(verdict_line({"loss fell by a quarter": True, "round trip to the bit": False, "three modes": True}))
+    verdicts = {"loss fell": True, "mesh as one device": True, "round trip": False, "three modes": True}
+    console.print(verdict_line(verdicts))
     lines = screen.getvalue().splitlines()
     assert len(lines) <= 47  # beside the command, what make says, and the next prompt
     assert max(map(len, lines)) <= 80
     assert "[red]words" in screen.getvalue()
+
+
+def test_a_mesh_s_losses_are_held_to_one_device_s():
+    assert largest_difference([8.0, 4.0, 2.0], [8.0, 4.0]) == 0
+    assert largest_difference([8.0, 4.0], [8.0, 4.4, 9.0]) == pytest.approx(0.1)
+    assert "8.000 -> 4.400 in 2 steps, off one device's by 1e-01" in mesh_line("fsdp=8", [8.0, 4.0], [8.0, 4.4, 9.0])
 
 
 def test_a_run_of_no_steps_is_refused_by_name():

@@ -7,6 +7,10 @@ visit, bytes over the busiest link. It is there to rank, not to predict.
 import dataclasses
 import math
 
+from jax.sharding import AbstractMesh, Mesh
+
+from qwen3_jax.chips import load_chips
+
 TRANSPORTS = ("ring", "all_to_all", "gather")
 HOP = 1e-6  # seconds that a message takes however short
 GATHERED = 2**26  # bytes of everybody's tokens that a shard may hold: 64 MiB
@@ -38,12 +42,12 @@ class Dispatch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """What the model wants to know of a chip.
+class Speeds:
+    """What the model wants to know of the devices.
 
     Attributes:
-        flops: products in the compute dtype, FLOP/s.
-        memory: bandwidth of its memory, bytes/s.
+        flops: products in bfloat16, FLOP/s.
+        memory: bandwidth of a device's memory, bytes/s.
         link: bandwidth of one link to a neighbour in one direction, bytes/s.
         ragged: whether blocks that are not full travel as what is in them.
     """
@@ -52,6 +56,19 @@ class Chip:
     memory: float
     link: float
     ragged: bool
+
+
+def speeds_of(mesh: Mesh | AbstractMesh) -> Speeds:
+    """Those of a mesh's devices: a v5p's for a TPU that is not known, an H100's for what is none.
+
+    On one GPU node published figures have a ring at four times a ragged all-to-all; elsewhere whole blocks would travel. So
+    all_to_all is left to TPUs, unless a run asks for it.
+    """
+    device = mesh.abstract_mesh.abstract_device if isinstance(mesh, Mesh) else mesh.abstract_device
+    platform, kind = (device.platform, device.device_kind) if device is not None else ("", "")
+    chips = load_chips()
+    chip = next((chip for chip in chips.values() if chip.device_kind == kind), chips["v5p" if platform == "tpu" else "h100"])
+    return Speeds(chip.bf16_flops, chip.hbm_bandwidth, chip.link, ragged=platform == "tpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +113,13 @@ class Choice:
     seconds: tuple[tuple[str, float], ...]
 
 
-def choose(dispatch: Dispatch, work: Work, chip: Chip) -> Choice:
+def choose(dispatch: Dispatch, work: Work, speeds: Speeds) -> Choice:
     """The transport and its buffers.
 
     Args:
         dispatch: what the run says.
         work: one shard's part.
-        chip: where it runs.
+        speeds: of the devices.
 
     Returns:
         The choice.
@@ -110,7 +127,7 @@ def choose(dispatch: Dispatch, work: Work, chip: Chip) -> Choice:
     rows = work.tokens * work.top_k
     if work.shards == 1:
         return Choice(None, rows, 0, dispatch.rounds, ())
-    costs = transport_seconds(work, chip)
+    costs = transport_seconds(work, speeds)
     transport = dispatch.transport if dispatch.transport != "auto" else min(costs, key=lambda name: costs[name])
     quota = min(work.tokens, _rounded(dispatch.slack * work.tokens * share_sent(work)))
     # Rows that tokens could have on a shard, and those that they have where experts are used evenly.
@@ -128,7 +145,7 @@ def share_sent(work: Work) -> float:
     return 1 - (1 - 1 / work.shards) ** work.top_k
 
 
-def transport_seconds(work: Work, chip: Chip) -> dict[str, float]:
+def transport_seconds(work: Work, speeds: Speeds) -> dict[str, float]:
     """What each transport would take, by a model that ranks.
 
     Both directions of a ring of n are in use. ring: n steps of work and of a hop, side by side, each as long as the longer of
@@ -137,7 +154,7 @@ def transport_seconds(work: Work, chip: Chip) -> dict[str, float]:
 
     Args:
         work: one shard's part.
-        chip: where it runs.
+        speeds: of the devices.
 
     Returns:
         Seconds by name, those left out that cannot be: gather of more than GATHERED bytes, all_to_all where blocks that are
@@ -148,17 +165,17 @@ def transport_seconds(work: Work, chip: Chip) -> dict[str, float]:
     back = work.embed * work.itemsize
 
     def products(rows: float) -> float:
-        flops = 6 * rows * work.embed * work.width / chip.flops
-        weights = min(work.experts, rows) * 3 * work.embed * work.width * work.itemsize / chip.memory
+        flops = 6 * rows * work.embed * work.width / speeds.flops
+        weights = min(work.experts, rows) * 3 * work.embed * work.width * work.itemsize / speeds.memory
         return max(flops, weights)
 
     rows = tokens * work.top_k
-    hop = tokens * (token + back) / (2 * chip.link) + HOP
+    hop = tokens * (token + back) / (2 * speeds.link) + HOP
     step = products(rows / n)
     costs: dict[str, float] = {"ring": (n - 1) * max(step, hop) + step + hop}
-    if chip.ragged:
+    if speeds.ragged:
         busiest = tokens * share_sent(work) * n**2 / 8
-        costs["all_to_all"] = products(rows) + busiest * (token + back) / chip.link + 2 * n * HOP
+        costs["all_to_all"] = products(rows) + busiest * (token + back) / speeds.link + 2 * n * HOP
     if n * tokens * token <= GATHERED:
         costs["gather"] = products(rows) + (n - 1) * hop
     return costs

@@ -11,20 +11,25 @@ leaves partial sums, which are added once per chunk at its home.
 
 import dataclasses
 import functools
+import logging
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
+from qwen3_jax.config import Qwen3Config
 from qwen3_jax.parallel import transports
-from qwen3_jax.parallel.dispatch import Chip, Choice, Work, choose
+from qwen3_jax.parallel.dispatch import Choice, Work, choose, speeds_of
 from qwen3_jax.parallel.expert_rows import Weights, local_experts, visit, visit_back
-from qwen3_jax.parallel.rules import active_rules, meshless
+from qwen3_jax.parallel.fit import check_batch, fitted
+from qwen3_jax.parallel.rules import RULES, Rules, active_rules, meshless
 
+logger = logging.getLogger(__name__)
 AXES = (("experts", "mlp", "embed"), ("experts", "mlp", "embed"), ("experts", "embed", "mlp"))
 
 
@@ -51,7 +56,8 @@ def apply_experts(
     if meshless():
         tokens, routing, ids = (array.reshape(-1, array.shape[-1]) for array in (x, routing, ids))
         return local_experts(weights, tokens, routing, ids, layer).reshape(x.shape), jnp.int32(0)
-    return _on_mesh(_layout(weights, x, ids.shape[-1]), weights, x, routing, ids, layer)
+    layout = _layout(active_rules(), jax.sharding.get_abstract_mesh(), weights, x, ids.shape[-1])
+    return _on_mesh(layout, weights, x, routing, ids, layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +114,40 @@ class Layout:
         return transports.all_to_all(*arguments, visit, chunk, state)
 
 
-def _layout(weights: Weights, x: Any, top_k: int) -> Layout:
-    rules, mesh = active_rules(), jax.sharding.get_abstract_mesh()
+def dispatch_for(
+    config: Qwen3Config,
+    mesh: Mesh | AbstractMesh,
+    batch: int,
+    length: int,
+    *,
+    rules: Rules = RULES,
+    dtype: DTypeLike = jnp.bfloat16,
+) -> Choice:
+    """How tokens would travel in a call of a model, and what each way would cost.
+
+    Args:
+        config: of a model with experts.
+        mesh: the mesh.
+        batch: rows of the call.
+        length: tokens of a row.
+        rules: the model's; their `dispatch` is what a run says about it.
+        dtype: compute dtype.
+
+    Returns:
+        The choice, which is a static part of the compiled program.
+
+    Raises:
+        MeshError: the model or the rows do not fit the mesh.
+    """
+    rules = fitted(rules, config, mesh)
+    check_batch(rules, mesh, batch, length, context=True)
+    sizes = dict(experts=config.num_experts, mlp=config.moe_intermediate_size, embed=config.hidden_size)
+    weights = tuple(jax.ShapeDtypeStruct([sizes[name] for name in names], dtype) for names in AXES)
+    x = jax.ShapeDtypeStruct((batch, length, config.hidden_size), dtype)
+    return _layout(rules, mesh, weights, x, config.num_experts_per_tok).choice
+
+
+def _layout(rules: Rules, mesh: Mesh | AbstractMesh, weights: Any, x: Any, top_k: int) -> Layout:
     stacked = weights[0].ndim == 4
     leading = ("layers",) if stacked else ()
     specs = tuple(rules.spec(*leading, *names, mesh=mesh) for names in AXES)
@@ -129,6 +167,8 @@ def _layout(weights: Weights, x: Any, top_k: int) -> Layout:
         experts=weights[0].shape[-3] // parts(experts),
         itemsize=x.dtype.itemsize,
     )
+    choice = choose(rules.dispatch, work, speeds_of(mesh))
+    logger.info("experts: %s as %s", work, choice)
     return Layout(
         tokens=tokens,
         weights=specs,
@@ -139,16 +179,12 @@ def _layout(weights: Weights, x: Any, top_k: int) -> Layout:
         everywhere=mesh.axis_names,
         shards=work.shards,
         stacked=stacked,
-        choice=choose(rules.dispatch, work, _chip(mesh)),
+        choice=choice,
     )
 
 
 def _axes_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else part or ()
-
-
-def _chip(mesh: Any) -> Chip:
-    return Chip(459e12, 2765e9, 90e9, True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -5,10 +5,15 @@ import dataclasses
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental import topologies
 
-from qwen3_jax.parallel.dispatch import GATHERED, Chip, Dispatch, Work, choose, share_sent, transport_seconds
+from qwen3_jax import make_mesh
+from qwen3_jax.parallel.dispatch import GATHERED, Dispatch, Speeds, Work, choose, share_sent, transport_seconds
+from qwen3_jax.parallel.experts import dispatch_for
+from qwen3_jax.parallel.rules import RULES
+from qwen3_jax.presets import preset
 
-V5P = Chip(flops=459e12, memory=2765e9, link=100e9, ragged=True)
+V5P = Speeds(flops=459e12, memory=2765e9, link=100e9, ragged=True)
 LAYER = Work(shards=8, tokens=16384, top_k=8, embed=2048, width=768, experts=16, itemsize=2)  # of 30B-A3B
 
 
@@ -61,6 +66,20 @@ def test_buffers_are_bounded_and_never_empty(shards, tokens, top_k, experts, sla
     assert transport == "auto" or choice.transport == transport
     if transport == "auto" and choice.transport == "gather":
         assert shards * tokens * 64 * 2 <= GATHERED
+
+
+def test_what_a_model_would_do_can_be_asked():
+    """30B-A3B on sixteen v5p: training travels, decoding gathers; on a CPU nothing but filled blocks would have to travel."""
+    chips = topologies.get_topology_desc("v5p:2x2x4", "tpu").devices
+    config, mesh = preset("qwen3-30b-a3b"), make_mesh("fsdp=2,expert=8", devices=chips)
+    training, decoding = dispatch_for(config, mesh, 64, 4096), dispatch_for(config, mesh, 64, 1)
+    assert training.transport == min(training.seconds, key=lambda pair: pair[1])[0] == "ring"
+    assert decoding.transport == "gather"
+    assert {name for name, _ in training.seconds} == {"ring", "all_to_all"}
+    here = dispatch_for(config, make_mesh("expert=8"), 64, 4096)
+    assert [name for name, _ in here.seconds] == ["ring"]
+    asked = dataclasses.replace(RULES, dispatch=Dispatch("all_to_all"))
+    assert dispatch_for(config, mesh, 64, 4096, rules=asked).transport == "all_to_all"
 
 
 @pytest.mark.parametrize("wrong", [dict(transport="mail"), dict(slack=0), dict(slack=-1.0), dict(rounds=0)])

@@ -17,7 +17,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 PANEL_LINES = 9
 
 
-def terminal_curve(losses: list[float], width: int = 72, height: int = 5) -> Text:
+def terminal_curve(losses: list[float], width: int = 72, height: int = 4) -> Text:
     """The loss as a filled curve of block characters, the first and last value beside it."""
     chunks = np.array_split(np.asarray(losses), min(width, len(losses)))
     means = np.asarray([chunk.mean() for chunk in chunks])
@@ -29,6 +29,20 @@ def terminal_curve(losses: list[float], width: int = 72, height: int = 5) -> Tex
         label = f" {means[0]:.2f}" if row == height - 1 else f" {means[-1]:.2f}" if row == 0 else ""
         lines.append(cells + label)
     return Text("\n".join(lines), style="cyan")
+
+
+def largest_difference(losses: list[float], on_mesh: list[float]) -> float:
+    """By how much of its value a loss on the mesh is off one device's at most, over the steps that both did."""
+    both = min(len(losses), len(on_mesh))
+    one, other = np.asarray(losses[:both]), np.asarray(on_mesh[:both])
+    return float(np.max(np.abs(other - one) / one))
+
+
+def mesh_line(mesh: str, losses: list[float], on_mesh: list[float]) -> str:
+    """What became of the training on a mesh, beside one device's."""
+    last = min(len(losses), len(on_mesh))
+    off = largest_difference(losses, on_mesh)
+    return f"on {mesh}: {on_mesh[0]:.3f} -> {on_mesh[last - 1]:.3f} in {last} steps, off one device's by {off:.0e}"
 
 
 def load_table(load: np.ndarray, layers: list[int]) -> Table:
@@ -61,17 +75,21 @@ def verdict_line(verdicts: dict[str, bool]) -> str:
     return "   ".join(f"{'[green]yes' if held else '[red]NO'}[/] {name}" for name, held in verdicts.items())
 
 
-def save_picture(losses: list[float], held_out: list[tuple[int, float]], load: np.ndarray, path: Path) -> None:
+def save_picture(
+    losses: list[float], on_mesh: list[float], held_out: list[tuple[int, float]], load: np.ndarray, path: Path
+) -> None:
     """The loss and the expert load side by side, as PNG.
 
     Args:
         losses: training loss of each step, nats per token.
+        on_mesh: likewise, of the same training on a mesh.
         held_out: (step, loss) on text that was not trained on.
         load: [L_moe, E] share of rows.
         path: the file.
     """
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     left.plot(losses, color="#9ecae1", label="training batch")
+    left.plot(on_mesh, ".", color="#e6550d", markersize=4, label="the same on 8 devices")
     left.plot(*zip(*held_out, strict=True), "o-", color="#08519c", label="held out")
     left.set(xlabel="step", ylabel="loss, nats per token", title="A 10 M parameter Qwen3-MoE learns Python")
     left.legend()

@@ -1,0 +1,218 @@
+"""What compiled programs say of the candidates, as seconds and bytes by category, best first; nothing analytic orders them."""
+
+import dataclasses
+
+from qwen3_jax.planning.candidates import Candidate
+from qwen3_jax.planning.compile import Outcome
+from qwen3_jax.planning.efficiency import Efficiency
+from qwen3_jax.planning.estimate import model_flops
+from qwen3_jax.planning.job import Job
+from qwen3_jax.planning.program import Collective, Program
+from qwen3_jax.planning.roofline import StepTime, step_time
+from qwen3_jax.planning.topology import Topology
+
+# Where each figure of a row is from: the compiler, the arguments' shapes, the analytic model, or both as said in `assumptions`.
+SOURCES = {
+    "flops": "compiled",
+    "hbm_bytes": "compiled",
+    "collectives": "compiled",
+    "compile_seconds": "measured",
+    "bytes.arguments": "compiled",
+    "bytes.temporaries": "compiled",
+    "bytes.output": "compiled",
+    "bytes.aliased": "compiled",
+    "bytes.code": "compiled",
+    "bytes.total": "compiled",
+    "bytes.weights": "shapes",
+    "bytes.optimizer": "shapes",
+    "bytes.cache": "shapes",
+    "bytes.batch": "shapes",
+    "bytes.gradients": "analytic, of the compiled temporaries",
+    "bytes.activations": "analytic, of the compiled temporaries",
+    "bytes.working": "compiled temporaries less the analytic gradients and activations",
+    "step_seconds": "compiled figures over the chip's facts and the assumed efficiencies",
+    "tokens_per_second_per_chip": "from step_seconds",
+    "mfu": "from step_seconds and the analytic model FLOPs",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """A compiled collective on the chips' network.
+
+    Attributes:
+        collective: as compiled.
+        seconds: of all its executions.
+        network: the links that its axes have.
+    """
+
+    collective: Collective
+    seconds: float
+    network: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One candidate as compiled.
+
+    Attributes:
+        candidate: the mesh, and the analytic model's word on it.
+        outcome: what became of its compilation.
+        fits: whether a device holds it; None where the compiler failed otherwise.
+        bytes: category -> bytes of one device (SOURCES says from where); what is not known is left out.
+        moves: its collectives.
+        time: of a step, where it was compiled.
+        tokens_per_second_per_chip: likewise.
+        mfu: model FLOPs over what the chips could do in that time at their peak; likewise.
+        verdict: in words.
+    """
+
+    candidate: Candidate
+    outcome: Outcome
+    fits: bool | None
+    bytes: dict[str, int]
+    moves: tuple[Move, ...]
+    time: StepTime | None
+    tokens_per_second_per_chip: float | None
+    mfu: float | None
+    verdict: str
+
+
+def ranked(job: Job, topology: Topology, efficiency: Efficiency, chosen: list[Candidate], outcomes: list[Outcome]) -> list[Row]:
+    """The candidates in order: those that fit by their step's time, then those that do not by their bytes, then failures.
+
+    Args:
+        job: the job.
+        topology: the chips.
+        efficiency: shares of the chip's figures that are reached.
+        chosen: the candidates.
+        outcomes: what became of each.
+
+    Returns:
+        The rows.
+    """
+    rows = [_row(job, topology, efficiency, *pair) for pair in zip(chosen, outcomes, strict=True)]
+    place = {True: 0, False: 1, None: 2}
+
+    def key(row: Row) -> tuple[int, float]:
+        return place[row.fits], row.time.total if row.fits and row.time else row.bytes.get("total", 0)
+
+    return sorted(rows, key=key)
+
+
+def _row(job: Job, topology: Topology, efficiency: Efficiency, candidate: Candidate, outcome: Outcome) -> Row:
+    program, chip = outcome.program, topology.chip
+    if program is None:
+        needed = _needed(candidate, outcome)
+        fits = None if outcome.needed is None else False
+        return Row(candidate, outcome, fits, needed, (), None, None, None, _verdict(topology, fits, needed, outcome.reason))
+    moves = tuple(_move(candidate, topology, efficiency, move) for move in program.collectives)
+    timed = [(move.seconds, move.collective.overlapped) for move in moves]
+    time = step_time(program.flops, program.hbm_bytes, timed, chip, efficiency)
+    taken = _compiled_bytes(candidate, outcome.arguments, program)
+    fits = taken["total"] <= chip.hbm
+    rate, mfu = None, None
+    if time.total > 0:
+        rate = job.tokens / time.total / topology.chips
+        mfu = model_flops(job) / (time.total * topology.devices * chip.bf16_flops)
+    return Row(candidate, outcome, fits, taken, moves, time, rate, mfu, _verdict(topology, fits, taken, None))
+
+
+def _move(candidate: Candidate, topology: Topology, efficiency: Efficiency, collective: Collective) -> Move:
+    # A group that the reader could not name may be any: all devices is the slowest.
+    axes = collective.axes or tuple(candidate.sizes)
+    route = candidate.links.route(axes)
+    hop = topology.chip.hop_seconds
+    seconds = route.seconds(collective.kind, collective.bytes, collective.count, hop, efficiency.links)
+    return Move(collective, seconds, route.words)
+
+
+def _compiled_bytes(candidate: Candidate, arguments: dict[str, int], program: Program) -> dict[str, int]:
+    gradients = min(program.temporaries, round(candidate.memory["gradients"]))
+    activations = min(program.temporaries - gradients, round(candidate.memory["activations"]))
+    return {
+        "arguments": program.arguments,
+        "temporaries": program.temporaries,
+        "output": program.output,
+        "aliased": program.aliased,
+        "code": program.code,
+        "total": program.arguments + program.temporaries + program.output - program.aliased + program.code,
+        **arguments,
+        "gradients": gradients,
+        "activations": activations,
+        "working": program.temporaries - gradients - activations,
+    }
+
+
+def _needed(candidate: Candidate, outcome: Outcome) -> dict[str, int]:
+    """Of a program that does not fit: its arguments from the shapes, and what the compiler's total leaves for temporaries."""
+    if outcome.needed is None:
+        return dict(outcome.arguments)
+    arguments = sum(outcome.arguments.values())
+    temporaries = max(0, outcome.needed - arguments)
+    gradients = min(temporaries, round(candidate.memory["gradients"]))
+    activations = min(temporaries - gradients, round(candidate.memory["activations"]))
+    return {
+        "arguments": arguments,
+        "temporaries": temporaries,
+        "total": outcome.needed,
+        **outcome.arguments,
+        "gradients": gradients,
+        "activations": activations,
+        "working": temporaries - gradients - activations,
+    }
+
+
+def _verdict(topology: Topology, fits: bool | None, taken: dict[str, int], reason: str | None) -> str:
+    if fits is None:
+        return f"not compiled: {reason}"
+    hbm, total = topology.chip.hbm, taken["total"]
+    if fits:
+        return f"fits: {total / 1e9:.1f} of {hbm / 1e9:.1f} GB"
+    if taken["arguments"] > hbm:
+        what = "its arguments alone are too large"
+    else:
+        what = f"beside its arguments there is room for {(hbm - taken['arguments']) / 1e9:.1f} GB of temporaries"
+    largest = sorted(
+        ("weights", "optimizer", "cache", "gradients", "activations", "working"), key=lambda name: -taken.get(name, 0)
+    )
+    named = ", ".join(f"{name} {taken[name] / 1e9:.1f}" for name in largest if taken.get(name, 0) > 0.01 * total)
+    return f"does not fit: {total / 1e9:.1f} GB, {(total - hbm) / 1e9:.1f} too many ({named}); {what}"
+
+
+def assumptions(job: Job, topology: Topology, efficiency: Efficiency, row: Row) -> list[str]:
+    """All that stands between what was compiled and what is predicted, for one row.
+
+    Args:
+        job: the job.
+        topology: the chips.
+        efficiency: shares of the chip's figures that are taken to be reached.
+        row: the row.
+
+    Returns:
+        Sentences.
+    """
+    chip = topology.chip
+    device = "a device (half a chip)" if chip.devices_per_chip > 1 else "a chip"
+    said = [
+        f"products run at {efficiency.flops:.0%} of {chip.bf16_flops / 1e12:g} TFLOP/s in bfloat16, {device}",
+        f"memory runs at {efficiency.hbm:.0%} of {chip.hbm_bandwidth / 1e9:g} GB/s",
+        "a step takes the longer of products and memory traffic of the whole program and collectives not hidden beside it; "
+        "collectives run one after the other, and what overlaps is hidden up to the length of that work",
+        f"links run at {efficiency.links:.0%} of their bandwidth; a hop takes {chip.hop_seconds * 1e6:g} us",
+    ]
+    networks = {move.collective.axes: move.network for move in row.moves}
+    said += [
+        f"over {' x '.join(axes) or 'groups not known, taken as all devices'}: {words}" for axes, words in networks.items()
+    ]
+    if job.trains:
+        said.append("gradients and activations are the analytic model's shares of the compiled temporaries")
+    said.append(
+        "MFU counts 6 FLOPs in training, 2 in inference, per token and active parameter that is multiplied, and causal "
+        "attention; nothing that is computed again"
+    )
+    said.append("kernels count with the FLOPs and bytes that they declare, whatever they reach")
+    said += [f"chip fact not certain: {what}" for what in chip.uncertain]
+    if row.outcome.program is not None:
+        said += [f"not known of the program: {what}" for what in row.outcome.program.unknown]
+    return said

@@ -1,0 +1,80 @@
+"""Meshes: all that fit and no other, in the order that the analytic model gives."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AbstractMesh
+
+from qwen3_jax import Qwen3Config
+from qwen3_jax.parallel.fit import check_batch, fitted
+from qwen3_jax.parallel.mesh import AXES, MeshError
+from qwen3_jax.parallel.rules import RULES
+from qwen3_jax.planning.candidates import candidates, mesh_sizes
+from qwen3_jax.planning.efficiency import Efficiency
+from qwen3_jax.planning.job import Job, PlanError
+from qwen3_jax.planning.topology import devices_of, parse_topology
+from tests.model.models import CONFIGS
+from tests.planning.jobs import job
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(sorted(CONFIGS)),
+    mode=st.sampled_from(["train", "prefill", "decode"]),
+    devices=st.sampled_from([1, 2, 4, 6, 8, 12, 16, 32]),
+    batch=st.integers(1, 48),
+    slices=st.sampled_from([1, 2]),
+)
+def test_every_mesh_is_of_all_devices_and_fits(name, mode, devices, batch, slices):
+    work = job(name, mode, batch, 64)
+    found, refused = mesh_sizes(work, devices, slices)
+    for sizes in found:
+        assert list(sizes) == list(AXES) and math.prod(sizes.values()) == devices and sizes["data"] % slices == 0
+        mesh = AbstractMesh(tuple(sizes.values()), AXES)
+        rules = fitted(RULES, work.config, mesh)  # raises where it does not fit
+        check_batch(rules, mesh, batch, 64, context=mode == "train")
+    assert len({tuple(sizes.values()) for sizes in found}) == len(found)
+    assert found or refused is not None or devices % slices
+
+
+def test_no_mesh_that_fits_is_left_out():
+    """16 devices are shared out to five axes in 70 ways (four twos, repeated), which all fit this model."""
+    work = Job(Qwen3Config.preset("qwen3-30b-a3b"), "train", 64, 4096)
+    found, refused = mesh_sizes(work, 16)
+    assert len(found) == math.comb(4 + 4, 4) and refused is None
+    found, _ = mesh_sizes(Job(work.config, "decode", 64, 4096), 16)
+    assert len(found) == math.comb(4 + 3, 3)  # no context
+    found, _ = mesh_sizes(Job(Qwen3Config.preset("qwen3-8b"), "decode", 64, 4096), 16)
+    assert len(found) == math.comb(4 + 2, 2)  # nor experts
+
+
+def listed(work, name, wishes=()):
+    topology = parse_topology(name)
+    return candidates(work, topology, devices_of(topology), Efficiency(), wishes)
+
+
+def test_those_that_should_fit_come_first_the_fastest_of_them_ahead():
+    work = Job(Qwen3Config.preset("qwen3-30b-a3b"), "train", 64, 4096)
+    found = listed(work, "v5p:2x2x4")
+    hbm = parse_topology("v5p:2x2x4").chip.hbm
+    fitting = [each for each in found if each.bytes <= hbm]
+    assert found[: len(fitting)] == fitting and 0 < len(fitting) < len(found) == 70
+    assert [each.time.total for each in fitting] == sorted(each.time.total for each in fitting)
+    others = [each.bytes for each in found[len(fitting) :]]
+    assert others == sorted(others) and found[-1].sizes["fsdp"] == 1
+
+
+def test_meshes_may_be_named():
+    found = listed(job(), "v5p:2x2x1", ["fsdp=2,tensor=-1", "data=4"])
+    assert {each.wish for each in found} == {"fsdp=2,tensor=2", "data=4"}
+    with pytest.raises(MeshError, match="fsdp=3 is 3, and there are 4 devices"):
+        listed(job(), "v5p:2x2x1", ["fsdp=3"])
+    with pytest.raises(MeshError, match="16 rows over data=32"):
+        listed(job(), "v5p:4x4x2", ["data=32"])
+
+
+def test_where_nothing_fits_the_last_reason_is_told():
+    with pytest.raises(PlanError, match="no mesh of 32 devices fits 3 rows of 64 tokens in prefill: .* 3 / 32 leaves 3"):
+        listed(job("dense", "prefill", 3), "v5p:2x4x4")

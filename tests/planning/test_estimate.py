@@ -1,0 +1,160 @@
+"""The analytic model: against shapes, against figures worked out by hand, and by how it must move."""
+
+import dataclasses
+import math
+
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh
+
+from qwen3_jax import Qwen3Config, abstract_model, make_mesh
+from qwen3_jax.parallel.mesh import AXES, MeshError
+from qwen3_jax.planning.estimate import (
+    device_flops,
+    device_hbm_bytes,
+    device_memory,
+    device_traffic,
+    model_flops,
+    passes,
+    seen,
+)
+from qwen3_jax.planning.job import Job, PlanError
+from qwen3_jax.planning.programs import device_bytes
+from qwen3_jax.planning.shares import parameters, shares
+from tests.model.models import CONFIGS
+from tests.planning.jobs import job
+
+
+def cut_of(given, **sizes):
+    return shares(given, AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES))
+
+
+def sent(given, **sizes):
+    """Bytes by axes of what a device sends, by kind and array."""
+    return {(part.kind, part.what): part.bytes for part in device_traffic(given, cut_of(given, **sizes))}
+
+
+@pytest.mark.parametrize("wish", ["fsdp=4,tensor=2", "data=2,fsdp=2,expert=2", "fsdp=2,expert=2,tensor=2", "tensor=4,data=2"])
+@pytest.mark.parametrize("name", ["dense", "tied", "moe", "mixed", "bias"])
+def test_parameters_of_a_device_are_those_of_its_shards(name, wish):
+    mesh = make_mesh(wish)
+    given = job(name)
+    held = device_bytes(nnx.state(abstract_model(CONFIGS[name], mesh), nnx.Param)) / 4
+    assert parameters(given, shares(given, mesh)).total == held
+
+
+def test_flops_by_hand():
+    """Two dense layers: D 8, two query heads and one key head of 4, F 16, V 32; two rows of 6 tokens on one device."""
+    config = Qwen3Config(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+    )
+    tokens = 2 * 6
+    projections = 2 * (8 * 8 + 8 * 4 + 8 * 4 + 8 * 8)
+    scores = 4 * 3 * 2 * 4  # half of 6 keys, two heads
+    mlp = 2 * 3 * 8 * 16
+    head = 2 * 8 * 32
+    forward = 2 * (projections + scores + mlp) * tokens
+    train = Job(config, "train", 2, 6)
+    assert device_flops(train, cut_of(train)) == 4 * forward + 4 * head * tokens
+    prefill = Job(config, "prefill", 2, 6)
+    assert device_flops(prefill, cut_of(prefill)) == forward + 2 * head  # the head for each row's last token
+    decode = Job(config, "decode", 2, 6)
+    assert device_flops(decode, cut_of(decode)) == 2 * (2 * (projections + 2 * scores + mlp) + head)  # all six slots
+    norms = 2 * (2 * 8 + 2 * 4) + 8
+    matrices = 2 * (projections // 2 + 3 * 8 * 16) + 8 * 32
+    assert model_flops(train) == 6 * tokens * (matrices + norms + 2 * 2 * 2 * 4 * 3)
+
+
+def test_model_flops_of_published_models():
+    """30B-A3B: 6 x (3,353 M active - 311 M looked up) and 12 x 48 layers x 4096 x half a row."""
+    given = Job(Qwen3Config.preset("qwen3-30b-a3b"), "train", 1, 4096)
+    assert model_flops(given) == 4096 * (6 * (3_353_032_704 - 151_936 * 2048) + 12 * 48 * 4096 * 2048)
+    # A tied table is multiplied as the head.
+    small = Job(Qwen3Config.preset("qwen3-0.6b"), "decode", 3, 1000)
+    assert model_flops(small) == 3 * (2 * 596_049_920 + 4 * 28 * 16 * 128 * 1000)
+
+
+def test_memory_by_hand():
+    """8B on 16 devices of fsdp: float32 weights, two moments and gradients of 8.19 B / 16; 36 inputs of 16 K tokens x 4096."""
+    given = Job(Qwen3Config.preset("qwen3-8b"), "train", 64, 4096)
+    memory = device_memory(given, cut_of(given, fsdp=16))
+    assert memory["weights"] == pytest.approx(4 * 8_190_735_360 / 16, rel=1e-3)
+    assert memory["optimizer"] == 2 * memory["weights"] and memory["gradients"] == memory["weights"]
+    assert memory["activations"] == 36 * 16384 * 4096 * 2 and memory["cache"] == 0
+    serving = Job(Qwen3Config.preset("qwen3-8b"), "decode", 64, 4096)
+    memory = device_memory(serving, cut_of(serving, data=4, tensor=4))
+    assert memory["cache"] == 2 * 2 * 36 * 16 * 2 * 4096 * 128
+    assert memory["weights"] == pytest.approx(2 * 8_190_735_360 / 4, rel=1e-3)
+    assert memory["optimizer"] == memory["gradients"] == memory["activations"] == 0
+
+
+def test_traffic_by_hand():
+    given = job("moe", batch=16, seq=64)  # D 32, four MoE layers
+    assert sent(given) == {}
+    tensor = sent(given, tensor=2)
+    assert tensor == {("all-reduce", "sums of heads and widths"): 2 * 2 * 6 * 4 * 1024 * 32 / 2}  # six sums of t D a layer
+    ring = sent(given, expert=4)
+    assert ring["collective-permute", "tokens and their sums"] == 2 * (7 + 14) * 4 * 256 * 32
+    held = parameters(given, cut_of(given, expert=4))
+    assert ring["all-reduce", "gradients"] == 2 * 4 * (held.total - held.experts) * 3 / 4
+    held = parameters(given, cut_of(given, fsdp=2))
+    layers = 2 * (held.attention + held.experts + held.router)
+    gathered = sent(given, fsdp=2)
+    assert gathered["all-gather", "weights"] == 2 * 2 * layers / 2
+    assert gathered["reduce-scatter", "gradients"] == 4 * layers / 2
+    keys = sent(given, context=2)["all-gather", "keys and values"]
+    assert keys == 4 * 2 * 4 * (16 * 64 * 2 * 16 * 2) / 2
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "expert", "context"])
+def test_more_devices_have_less_to_do(axis):
+    given = job("moe")
+    one, two, four = (cut_of(given, **{axis: size}) for size in (1, 2, 4))
+    for figure in (device_flops, device_hbm_bytes):
+        assert figure(given, one) > figure(given, two) > figure(given, four)
+    total = [sum(device_memory(given, cut).values()) for cut in (one, two, four)]
+    assert total[0] > total[1] > total[2]
+    # Splitting tokens leaves the work of all devices together as it was.
+    assert device_flops(given, four) * 4 == pytest.approx(device_flops(given, one))
+
+
+@pytest.mark.parametrize("mode", ["train", "prefill", "decode"])
+def test_figures_grow_with_the_job(mode):
+    small, rows, long = job(mode=mode), job(mode=mode, batch=32), job(mode=mode, seq=128)
+    for figure in (device_flops, device_hbm_bytes, lambda given, cut: sum(device_memory(given, cut).values())):
+        base = figure(small, cut_of(small, fsdp=2))
+        assert figure(rows, cut_of(rows, fsdp=2)) > base and figure(long, cut_of(long, fsdp=2)) > base
+    assert model_flops(rows) == 2 * model_flops(small) and model_flops(long) > model_flops(small)
+
+
+def test_remat_costs_a_forward_pass_and_saves_memory():
+    full, none = job(), job(remat="none")
+    assert (passes(full), passes(none), passes(job(mode="decode"))) == (4, 3, 1)
+    assert device_flops(full, cut_of(full)) > device_flops(none, cut_of(none))
+    assert device_memory(full, cut_of(full))["activations"] < device_memory(none, cut_of(none))["activations"]
+
+
+def test_windows_bound_what_is_seen():
+    assert seen(job("dense", seq=64)) == 32
+    assert seen(job("sliding", seq=64)) == (2 * 32 + 2 * 7) / 4  # two of four layers slide over 7
+
+
+def test_jobs_that_are_none():
+    with pytest.raises(PlanError, match="mode lora: adapters are not built yet; accepted are train, prefill and decode"):
+        job(mode="lora")
+    with pytest.raises(PlanError, match="batch is 0: accepted is a whole number from 1"):
+        job(batch=0)
+    with pytest.raises(PlanError, match="seq is -1: accepted is a whole number from 1"):
+        job(seq=-1)
+    with pytest.raises(MeshError, match="16 rows over fsdp=32: 16 / 32 leaves 16"):
+        cut_of(job(seq=128), fsdp=32)
+    given = job(mode="decode")
+    assert cut_of(given, context=2).seq == 1  # a cache keeps sequences whole
+    assert math.isclose(cut_of(given, data=4).tokens(given), 4)
+    assert dataclasses.replace(given, mode="prefill").tokens == 16 * 64
