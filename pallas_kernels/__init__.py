@@ -7,8 +7,9 @@ are chosen by the platform a program is lowered for.
 # The functions are bound plainly, not lazily: `attention` and `grouped_matmul` are also the names of the sub-packages,
 # and the import of a sub-package would shadow a lazy attribute of the same name.
 from pallas_kernels.attention import attention
+from pallas_kernels.cast import cast
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.norm_rope import rms_norm, rms_norm_rope
 from pallas_kernels.rows import rows_matmul
 
-__all__ = ["attention", "grouped_matmul", "rms_norm", "rms_norm_rope", "rows_matmul"]
+__all__ = ["attention", "cast", "grouped_matmul", "rms_norm", "rms_norm_rope", "rows_matmul"]

@@ -1,13 +1,20 @@
 """Attention with grouped heads over segments and cache slots: the public function, its checks, its implementations."""
 
+import functools
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.attention import blocked, reference
+from pallas_kernels.attention import blocked, reference, tpu
 from pallas_kernels.checks import check_float, check_int32, check_rank, check_shape
 
 __all__ = ["attention"]
+
+Implementation = Literal["reference", "blocked", "tpu"]
 
 
 def attention(
@@ -20,7 +27,7 @@ def attention(
     q_slots: Int32[Array, "B T"],
     window: int | None = None,
     scale: float | None = None,
-    implementation: Literal["reference", "blocked"] | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
     """Computes softmax(scale * q k^T) v over the visible keys, query head n reading key head n // (N/K).
 
@@ -36,12 +43,16 @@ def attention(
         q_slots: int32 [B, T], the key slot that each query itself occupies.
         window: number of slots that a query sees, its own included; None is all of them.
         scale: factor of the scores; None is H ** -0.5.
-        implementation: "reference" holds all scores at once, "blocked" those of some queries at a time; None is blocked
-            where the scores are many.
+        implementation: "tpu" (splash attention; bfloat16 and float32), "blocked" (holds the scores of some queries at a time)
+            or "reference" (of all); None is "tpu" where the program is lowered for a TPU and has 128 queries a row or
+            more, of at most 256 values, else "blocked". Inside shard_map "tpu" needs check_vma=False.
 
     Returns:
         [B, T, N, H] in q's dtype; exactly 0, with zero gradient, for a query that sees nothing. Scores and softmax are
-        float32, the probabilities are cast to q's dtype, as transformers' eager attention does.
+        float32, the probabilities are cast to q's dtype, as transformers' eager attention does. "tpu" scales bfloat16
+        queries instead of their scores, and multiplies float32 in the TPU's highest precision unless
+        jax_default_matmul_precision allows its default. What the gradient needs of the forward pass carries the name
+        "attention_out", for the policies of jax.checkpoint.
 
     Raises:
         ValueError: a rank, a size, a dtype, the window or the implementation is not as above.
@@ -61,8 +72,45 @@ def attention(
     check_shape("attention", "k_segments", k_segments, (batch, slots), "B, S of k")
     if window is not None and window < 1:
         raise ValueError(f"attention: window is {window}; accepted is a positive number of slots, or None")
-    if implementation not in (None, "reference", "blocked"):
-        raise ValueError(f"attention: implementation is {implementation!r}; accepted is None, 'reference' or 'blocked'")
-    scale = size**-0.5 if scale is None else scale
+    if implementation not in (None, "reference", "blocked", "tpu"):
+        raise ValueError(f"attention: implementation is {implementation!r}; accepted is None, 'reference', 'blocked' or 'tpu'")
+    fits = q.dtype in (jnp.bfloat16, jnp.float32) and size <= 256
+    if implementation == "tpu" and not fits:
+        raise ValueError(f"attention: q is {q.dtype}{list(q.shape)}; 'tpu' accepts bfloat16 and float32, H up to 256")
+    scale = size**-0.5 if scale is None else float(scale)
+    if implementation == "tpu" or implementation is None and fits and length >= tpu.LANES:
+        return _differentiable(q, k, v, q_segments, k_segments, q_slots, window, scale, implementation)
     chosen = reference.attention if implementation == "reference" else blocked.attention
-    return chosen(q, k, v, q_segments, k_segments, q_slots, window, scale)
+    return checkpoint_name(chosen(q, k, v, q_segments, k_segments, q_slots, window, scale), "attention_out")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _differentiable(q, k, v, q_segments, k_segments, q_slots, window, scale, implementation):
+    return _chosen("attention", implementation, window, scale, q, k, v, q_segments, k_segments, q_slots)
+
+
+def _forward(q, k, v, q_segments, k_segments, q_slots, window, scale, implementation):
+    given = q, k, v, q_segments, k_segments, q_slots
+    kept = _chosen("forward", implementation, window, scale, *given)
+    out, normaliser = (checkpoint_name(x, "attention_out") for x in kept)
+    return out, (*given, out, normaliser)
+
+
+def _backward(window, scale, implementation, kept, d_out):
+    gradients = _chosen("backward", implementation, window, scale, *kept, d_out)
+    # Integers have no tangent; float0 is how jax writes that.
+    return *gradients, *(np.zeros(x.shape, jax.dtypes.float0) for x in kept[3:6])
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+def _chosen(part: str, implementation: str | None, window: int | None, scale: float, *args: Array):
+    """A function of the chosen implementation; None is decided by the platform that the program is lowered for."""
+
+    def of(module):
+        return functools.partial(getattr(module, part), window=window, scale=scale)
+
+    if implementation == "tpu":
+        return of(tpu)(*args)
+    return jax.lax.platform_dependent(*args, tpu=of(tpu), default=of(blocked))

@@ -75,3 +75,66 @@ def attention(
 
     out = jax.lax.map(one_block, (split(q), split(q_segments), split(q_slots)))
     return jnp.moveaxis(out, 0, 1).reshape(batch, count * block, *q.shape[2:])[:, :length]
+
+
+def forward(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    q_segments: Int32[Array, "B T"],
+    k_segments: Int32[Array, "B S"],
+    q_slots: Int32[Array, "B T"],
+    window: int | None,
+    scale: float,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Computes attention; what a kernel keeps of the softmax beside it is not known here, and not needed.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        q_segments: document of each query, 0 for padding.
+        k_segments: document of each key slot, 0 for padding.
+        q_slots: the key slot of each query.
+        window: number of slots a query sees, or None.
+        scale: factor of the scores.
+
+    Returns:
+        As `attention`; and zeros.
+    """
+    out = attention(q, k, v, q_segments, k_segments, q_slots, window, scale)
+    return out, jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
+
+
+def backward(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    q_segments: Int32[Array, "B T"],
+    k_segments: Int32[Array, "B S"],
+    q_slots: Int32[Array, "B T"],
+    out: Float[Array, "B T N H"],
+    normaliser: Float[Array, "B N T"],
+    d_out: Float[Array, "B T N H"],
+    window: int | None,
+    scale: float,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    """Computes the gradient of `attention`, whose scores are made again.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        q_segments: document of each query, 0 for padding.
+        k_segments: document of each key slot, 0 for padding.
+        q_slots: the key slot of each query.
+        out: not read.
+        normaliser: not read.
+        d_out: the gradient of the output.
+        window: number of slots a query sees, or None.
+        scale: factor of the scores.
+
+    Returns:
+        The gradients of q, k and v, each in its dtype.
+    """
+    return jax.vjp(lambda q, k, v: attention(q, k, v, q_segments, k_segments, q_slots, window, scale), q, k, v)[1](d_out)

@@ -85,7 +85,7 @@ class Attention(nnx.Module):
         k = checkpoint_name(k, "attention_k").swapaxes(1, 2)
         v = checkpoint_name(self.v(x), "attention_v").swapaxes(1, 2)
         out, cache = attend(q, k, v, places, cache, layer, self.window)
-        return self.o(checkpoint_name(out, "attention_out")), cache
+        return self.o(out), cache  # the op names its output "attention_out"
 
 
 def attend(

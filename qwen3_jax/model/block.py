@@ -52,7 +52,7 @@ class Block(nnx.Module):
             x = x + out
         if self.is_moe:
             with jax.named_scope("moe"):
-                out, routed = self.moe(self.mlp_norm(x), repeat)
+                out, routed = self.moe(self.mlp_norm(x), places.segments != 0, repeat)
             return x + out, cache, routed
         with jax.named_scope("mlp"):
             return x + self.mlp(self.mlp_norm(x)), cache, None

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 import pallas_kernels
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.param import constant_param, normal_param
-from qwen3_jax.parallel.rules import placed, spec
+from qwen3_jax.parallel.rules import cast_in_place, placed, spec
 
 
 class Projection(nnx.Module):
@@ -36,7 +36,7 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
         """The product in x's dtype, plus the bias; the weight's in axes are the last axes of x, its out axes those of y."""
-        weight = placed(self.weight[...].astype(x.dtype), *self.axes)
+        weight = placed(cast_in_place(self.weight[...], x.dtype), *self.axes)
         out, inner = weight.shape[: self.outputs], weight.shape[self.outputs :]
         # As a plain matrix: with more axes XLA:CPU multiplies vectors at 2 GB/s of weights instead of 28.
         matrix = weight.reshape(math.prod(out), math.prod(inner))

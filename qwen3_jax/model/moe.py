@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.mlp import Projection
@@ -23,10 +23,14 @@ class Routed:
     Attributes:
         logits: [B, T, E] float32, the router's.
         dropped: int32 scalar, rows that were sent to an expert and did not come back.
+        counts: [B, E] float32, how many of a row's real tokens chose each expert.
+        probabilities: [B, E] float32, sums over a row's real tokens of what the router gave each expert.
     """
 
     logits: Any
     dropped: Any
+    counts: Any
+    probabilities: Any
 
 
 class MoE(nnx.Module):
@@ -52,26 +56,31 @@ class MoE(nnx.Module):
         self.down = experts(keys[3], (e, d, f), ("experts", "embed", "mlp"))
 
     def __call__(
-        self, x: Float[Array, "B T D"], layer: Int[Array, ""] | int | None = None
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], layer: Int[Array, ""] | int | None = None
     ) -> tuple[Float[Array, "B T D"], Routed]:
         """The weighted sum of each token's experts.
 
         Args:
             x: normalised input.
+            real: tokens that are not padding, for the counts.
             layer: which layer of the stack to read, when the expert weights are stacks.
 
         Returns:
             The layer's output in x's dtype, and what became of its rows.
         """
         logits = self.router(x).astype(jnp.float32)
-        weights, experts = self.route(logits)
+        probabilities, weights, experts = self.route(logits)
+        # Comparisons and sums rather than a scatter, whose result no mesh could split.
+        hits = (experts[..., None] == jnp.arange(logits.shape[-1])).sum(axis=-2)
+        counts, sums = ((x * real[..., None]).sum(axis=1, dtype=jnp.float32) for x in (hits, probabilities))
         matrices = (self.gate[...], self.up[...], self.down[...])
         out, dropped = apply_experts(matrices, x, weights, experts, layer if self.gate.ndim == 4 else None)
-        return out, Routed(logits, dropped)
+        return out, Routed(logits, dropped, counts, sums)
 
-    def route(self, logits: Float[Array, "*B E"]) -> tuple[Float[Array, "*B k"], Int[Array, "*B k"]]:
-        """Float32 weights and indices of each token's experts: softmax over all experts, then the k largest."""
-        weights, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.top_k)
+    def route(self, logits: Float[Array, "*B E"]) -> tuple[Float[Array, "*B E"], Float[Array, "*B k"], Int[Array, "*B k"]]:
+        """Float32 probabilities of all experts (softmax), weights and indices of each token's own (the k largest)."""
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        weights, experts = jax.lax.top_k(probabilities, self.top_k)
         if self.normalise:
             weights = weights / weights.sum(-1, keepdims=True)
-        return weights, experts
+        return probabilities, weights, experts

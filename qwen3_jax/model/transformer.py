@@ -39,6 +39,9 @@ class Output:
         cache: the cache after this call, or None when none was given.
         dropped: [L_moe] int32, rows of each MoE layer that were sent to an expert and did not come back; all 0 unless the
             rules' dispatch bounds the rounds.
+        counts: [L_moe, B, E] float32, how many of each row's real tokens chose each expert.
+        probabilities: [L_moe, B, E] float32, sums over them of the router's probabilities. Training reads these two: router
+            logits of all layers, which a program that does not ask for them never holds, would be one of its larger arrays.
     """
 
     logits: Any
@@ -46,6 +49,8 @@ class Output:
     router: Any
     cache: Any
     dropped: Any
+    counts: Any
+    probabilities: Any
 
 
 @jax.tree_util.register_dataclass
@@ -188,9 +193,12 @@ class Qwen3(nnx.Module):
         hidden = in_text_order(self.norm(x), axis=1)
         batch, length = tokens.shape
         router, dropped = jnp.zeros((0, batch, length, self.config.num_experts), jnp.float32), jnp.zeros(0, jnp.int32)
+        counts = probabilities = router[:, :, 0]
         if routed:
             router = in_text_order(jnp.concatenate([segment.logits for segment in routed]), axis=2)
             dropped = jnp.concatenate([segment.dropped for segment in routed])
+            counts = jnp.concatenate([segment.counts for segment in routed])
+            probabilities = jnp.concatenate([segment.probabilities for segment in routed])
         if rows is not None and key_values is not None:
             cache = Cache(key_values.k, key_values.v, rows.segments, rows.lengths, rows.positions)
         return Output(
@@ -199,6 +207,8 @@ class Qwen3(nnx.Module):
             router=router,
             cache=cache,
             dropped=dropped,
+            counts=counts,
+            probabilities=probabilities,
         )
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

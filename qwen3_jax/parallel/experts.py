@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+import pallas_kernels
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.parallel import transports
 from qwen3_jax.parallel.dispatch import Choice, Work, choose, speeds_of
@@ -275,7 +276,7 @@ def _gathered(layout: Layout, weights: Weights, layer: Any, dtype: Any) -> Weigh
     def one(weight: Any, axis: int) -> Any:
         if layout.stacked:
             weight = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
-        weight = weight.astype(dtype)
+        weight = pallas_kernels.cast(weight, dtype)  # a plain conversion would be one of all layers
         return jax.lax.all_gather(weight, layout.embed, axis=axis, tiled=True) if layout.embed else weight
 
     return tuple(one(weight, names.index("embed")) for weight, names in zip(weights, AXES, strict=True))

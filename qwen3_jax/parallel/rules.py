@@ -17,7 +17,9 @@ from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.typing import DTypeLike
 
+import pallas_kernels
 from qwen3_jax.parallel.dispatch import Dispatch
 from qwen3_jax.parallel.mesh import AXES, MeshError
 
@@ -178,6 +180,23 @@ def placed(x: jax.Array, *names: str | None) -> jax.Array:
     """
     wanted = spec(*names)
     return x if wanted is None else jax.sharding.reshard(x, wanted)
+
+
+def cast_in_place(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """The array in another dtype, converted on the shards that hold it, at this point of the program: before it is gathered.
+
+    Args:
+        x: any array of floats.
+        dtype: of the result.
+
+    Returns:
+        x, laid out as it was.
+    """
+    if meshless() or x.dtype == dtype:
+        return pallas_kernels.cast(x, dtype)
+    layout = jax.typeof(x).sharding.spec
+    run = functools.partial(pallas_kernels.cast, dtype=dtype)
+    return jax.shard_map(run, in_specs=layout, out_specs=layout, check_vma=False)(x)
 
 
 def by_rows(run: Callable[..., Any], *args: Any) -> Any:

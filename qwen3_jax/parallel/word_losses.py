@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qwen3_jax.parallel.rules import active_rules, meshless, spec
+from qwen3_jax.parallel.rules import Rules, active_rules, meshless, spec, use_rules
 from qwen3_jax.parallel.vocabulary import vocabulary_axes
 
 LOGITS = 2**24  # float32 logits of a block on a shard: 64 MiB
@@ -35,12 +35,12 @@ def word_losses(
         Two float32 arrays [B, T]; both are differentiable in weight and hidden.
     """
     if meshless():
-        return _losses(((), (), ()), words, block, weight, hidden, labels)
+        return _losses(((), (), ()), active_rules(), words, block, weight, hidden, labels)
     rules, mesh = active_rules(), jax.sharding.get_abstract_mesh()
     tokens = (*rules.axes("batch", mesh), *rules.axes("seq", mesh))
     vocab, travelling, _ = vocabulary_axes()
     others = tuple(axis for axis in tokens if axis not in vocab)
-    return _losses((vocab, travelling, others), words, block, weight, hidden, labels)
+    return _losses((vocab, travelling, others), rules, words, block, weight, hidden, labels)
 
 
 Axes = tuple[
@@ -48,26 +48,32 @@ Axes = tuple[
 ]  # of the vocabulary; of them those that tokens are split over too; others
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _losses(axes, words, block, weight, hidden, labels):
-    return _losses_forward(axes, words, block, weight, hidden, labels)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _losses(axes, rules, words, block, weight, hidden, labels):
+    return _losses_forward(axes, rules, words, block, weight, hidden, labels)[0]
 
 
-def _losses_forward(axes, words, block, weight, hidden, labels):
-    table, states, tokens = spec("vocab", None), spec("batch", "seq", None), spec("batch", "seq")
+def _losses_forward(axes, rules, words, block, weight, hidden, labels):
+    table, states, tokens = _specs(rules)
     run = _on_shards(functools.partial(_forward, axes, words, block), (table, states, tokens), (tokens, tokens))
     losses, normaliser = run(weight, hidden, labels)
     return (losses, normaliser), (weight, hidden, labels, normaliser)
 
 
-def _losses_backward(axes, words, block, kept, d_out):
-    table, states, tokens = spec("vocab", None), spec("batch", "seq", None), spec("batch", "seq")
+def _losses_backward(axes, rules, words, block, kept, d_out):
+    table, states, tokens = _specs(rules)
     taken = (table, states, tokens, tokens, tokens, tokens)
     run = _on_shards(functools.partial(_backward, axes, words, block), taken, (table, states))
     return (*run(*kept, *d_out), None)
 
 
 _losses.defvjp(_losses_forward, _losses_backward)
+
+
+def _specs(rules: Rules) -> tuple[Any, Any, Any]:
+    """Of the table, of states, of labels. By the rules of the call: a backward pass is traced where they are active no more."""
+    with use_rules(rules):
+        return spec("vocab", None), spec("batch", "seq", None), spec("batch", "seq")
 
 
 def _on_shards(run: Any, in_specs: Any, out_specs: Any) -> Any:

@@ -87,12 +87,28 @@ def load_balancing_loss(
     probabilities = jax.nn.softmax(router.astype(jnp.float32), axis=-1)
     _, chosen = jax.lax.top_k(probabilities, top_k)
     weights = jnp.ones((batch, length), jnp.float32) if mask is None else mask.astype(jnp.float32)
-    rows = _at_least_something(layers * weights.sum())
     # Comparisons and sums rather than a scatter, whose result no mesh could split.
     hits = (chosen[..., None] == jnp.arange(num_experts)).sum(axis=-2) * weights[None, :, :, None]
-    share = hits.sum(axis=(0, 1, 2)) / rows
-    mean = (probabilities * weights[None, :, :, None]).sum(axis=(0, 1, 2)) / rows
-    return num_experts * (share * mean).sum()
+    sums = (probabilities * weights[None, :, :, None]).sum(axis=2)
+    return balance_of_counts(hits.sum(axis=2), sums, top_k)
+
+
+def balance_of_counts(counts: Float[Array, "L B E"], probabilities: Float[Array, "L B E"], top_k: int) -> Float[Array, ""]:
+    """`load_balancing_loss` of what the model counted layer by layer (qwen3_jax.model.transformer.Output).
+
+    Args:
+        counts: tokens that chose each expert, by layer and row.
+        probabilities: sums over tokens of the router's probabilities.
+        top_k: experts per token.
+
+    Returns:
+        A scalar, without its coefficient; 0 for a model without MoE layers.
+    """
+    if counts.shape[0] == 0:
+        return jnp.zeros((), jnp.float32)
+    rows = _at_least_something(counts.sum() / top_k)
+    share, mean = counts.sum(axis=(0, 1)) / rows, probabilities.sum(axis=(0, 1)) / rows
+    return counts.shape[-1] * (share * mean).sum()
 
 
 def _at_least_something(total: Float[Array, ""]) -> Float[Array, ""]:

@@ -11,13 +11,14 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.transformer import Qwen3
 from qwen3_jax.parallel.abstract import abstract_model
 from qwen3_jax.parallel.mesh import mesh_of, on_mesh_of
 from qwen3_jax.parallel.rules import RULES, Rules
-from qwen3_jax.training.losses import load_balancing_loss, mean_loss
+from qwen3_jax.training.losses import balance_of_counts, mean_loss
 
 
 @jax.tree_util.register_dataclass
@@ -152,11 +153,10 @@ def make_train_step(
     def loss_fn(params: Any, batch: Batch, graph: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = nnx.merge(graph, params)
         out = model(batch.tokens, segment_ids=batch.segment_ids, output="hidden", remat=remat)
-        real = None if batch.segment_ids is None else (batch.segment_ids != 0).astype(jnp.float32)
         losses, normaliser = model.losses(out.hidden, batch.labels)
         loss = mean_loss(losses, normaliser, batch.labels, batch.mask, z_loss)
-        balance = load_balancing_loss(out.router, config.num_experts, config.num_experts_per_tok, real)
-        load = expert_load(out.router, config.num_experts_per_tok, real)
+        balance = balance_of_counts(out.counts, out.probabilities, config.num_experts_per_tok)
+        load = shares(out.counts.sum(axis=1))
         metrics = dict(loss=loss, balance_loss=balance, expert_load=load, dropped_rows=out.dropped.sum())
         return loss + config.router_aux_loss_coef * balance, metrics
 
@@ -171,22 +171,13 @@ def make_train_step(
     return TrainStep(step, lambda mesh: _graph(config, mesh, rules, jnp.dtype(dtype)))
 
 
-def expert_load(router: jax.Array, top_k: int, mask: jax.Array | None = None) -> jax.Array:
+def shares(counts: Float[Array, "L E"]) -> Float[Array, "L E"]:
     """Share of each layer's routed rows that each expert gets.
 
     Args:
-        router: [L_moe, B, T, E] router logits.
-        top_k: experts per token.
-        mask: [B, T], 0 is padding; all tokens count when None.
+        counts: real tokens that chose each expert, by layer.
 
     Returns:
-        [L_moe, E] float32, each row summing to 1; no rows for a dense model.
+        Each row summing to 1; no rows for a dense model.
     """
-    layers, _, _, experts = router.shape
-    if layers == 0:  # a dense model
-        return jnp.zeros((0, experts), jnp.float32)
-    _, chosen = jax.lax.top_k(router, top_k)
-    weights = jnp.ones(router.shape[1:3], jnp.float32) if mask is None else mask
-    hits = (chosen[..., None] == jnp.arange(experts)).sum(axis=-2) * weights[None, :, :, None]
-    counts = hits.sum(axis=(1, 2))
     return counts / jnp.maximum(counts.sum(-1, keepdims=True), 1.0)

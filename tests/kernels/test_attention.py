@@ -75,7 +75,8 @@ def test_a_query_that_sees_nothing_gives_zero_and_a_zero_gradient():
     assert np.isfinite(gradient).all()
 
 
-def test_both_implementations_have_the_same_gradient_on_a_longer_text():
+@pytest.mark.parametrize("implementation", ["blocked", None])
+def test_implementations_have_the_same_gradient_on_a_longer_text(implementation):
     draw = np.random.default_rng(0)
     length = 700
     q = jnp.asarray(draw.normal(size=(1, length, 2, 4)), jnp.float32)
@@ -87,10 +88,15 @@ def test_both_implementations_have_the_same_gradient_on_a_longer_text():
         options = dict(q_segments=segments, k_segments=segments, q_slots=slots, implementation=implementation)
         return (attention(q, k, v, **options) ** 2).sum()
 
-    for one, other in zip(
-        jax.grad(loss, (0, 1, 2))(q, k, v, "reference"), jax.grad(loss, (0, 1, 2))(q, k, v, "blocked"), strict=True
-    ):
+    wanted, found = (jax.grad(loss, (0, 1, 2))(q, k, v, name) for name in ("reference", implementation))
+    for one, other in zip(wanted, found, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def test_a_dtype_that_the_kernel_does_not_take_is_refused():
+    q, k, one = jnp.zeros((1, 4, 1, 8), jnp.float16), jnp.zeros((1, 1, 4, 8), jnp.float16), jnp.ones((1, 4), jnp.int32)
+    with pytest.raises(ValueError, match=r"q is float16\[1, 4, 1, 8\]; 'tpu' accepts bfloat16 and float32, H up to 256"):
+        attention(q, k, k, q_segments=one, k_segments=one, q_slots=one, implementation="tpu")
 
 
 def test_norm_casts_before_the_weight_and_rotation_follows():

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_jax import cross_entropy, load_balancing_loss
-from qwen3_jax.training.step import expert_load
+from qwen3_jax.training.losses import balance_of_counts
+from qwen3_jax.training.step import shares
+from tests.model.models import random_model, random_tokens
 
 
 def softmax(x):
@@ -76,7 +78,14 @@ def test_balance_is_top_k_when_even_and_grows_when_not():
         load_balancing_loss(even, 4, 2)
 
 
-def test_expert_load_counts_real_tokens_only():
-    router = jnp.asarray([[[[3.0, 2, 0, 0], [0, 0, 5, 4], [9, 0, 0, 8]]]])
-    np.testing.assert_allclose(expert_load(router, 2), [[2 / 6, 1 / 6, 1 / 6, 2 / 6]])
-    np.testing.assert_allclose(expert_load(router, 2, jnp.asarray([[1.0, 1, 0]])), [[0.25] * 4])
+def test_what_the_model_counts_is_what_its_router_says():
+    """Of real tokens only: the loss of counts is that of logits, and shares are those of the chosen."""
+    model, tokens = random_model("moe"), random_tokens(3, 12)
+    segments = jnp.ones((3, 12), jnp.int32).at[1, 7:].set(0).at[2, 4:].set(2)
+    out, real = model(tokens, segment_ids=segments), segments != 0
+    top_k = model.config.num_experts_per_tok
+    wanted = load_balancing_loss(out.router, model.config.num_experts, top_k, real.astype(jnp.float32))
+    np.testing.assert_allclose(balance_of_counts(out.counts, out.probabilities, top_k), wanted, rtol=1e-6)
+    chosen = jax.nn.one_hot(jax.lax.top_k(out.router, top_k)[1], model.config.num_experts).sum(axis=-2)
+    np.testing.assert_array_equal(out.counts, (chosen * real[..., None]).sum(axis=2))
+    np.testing.assert_allclose(shares(out.counts.sum(axis=1)).sum(axis=-1), np.ones(out.counts.shape[0]), rtol=1e-6)
