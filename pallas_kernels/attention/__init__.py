@@ -4,12 +4,11 @@ import functools
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.attention import blocked, reference, tpu
+from pallas_kernels.attention import blocked, gpu, reference, tpu
 from pallas_kernels.checks import check_float, check_int32, check_rank, check_shape
 
 __all__ = ["attention"]
@@ -44,8 +43,9 @@ def attention(
         window: number of slots that a query sees, its own included; None is all of them.
         scale: factor of the scores; None is H ** -0.5.
         implementation: "tpu" (splash attention; bfloat16 and float32), "blocked" (holds the scores of some queries at a time)
-            or "reference" (of all); None is "tpu" where the program is lowered for a TPU and has 128 queries a row or
-            more, of at most 256 values, else "blocked". Inside shard_map "tpu" needs check_vma=False.
+            or "reference" (of all). None is "blocked", but with 128 queries a row or more what suits the platform that the
+            program is lowered for: "tpu" with H up to 256; cuDNN on CUDA for 16-bit floats with H a multiple of 8 up to 128.
+            Inside shard_map "tpu" needs check_vma=False.
 
     Returns:
         [B, T, N, H] in q's dtype; exactly 0, with zero gradient, for a query that sees nothing. Scores and softmax are
@@ -74,11 +74,11 @@ def attention(
         raise ValueError(f"attention: window is {window}; accepted is a positive number of slots, or None")
     if implementation not in (None, "reference", "blocked", "tpu"):
         raise ValueError(f"attention: implementation is {implementation!r}; accepted is None, 'reference', 'blocked' or 'tpu'")
-    fits = q.dtype in (jnp.bfloat16, jnp.float32) and size <= 256
-    if implementation == "tpu" and not fits:
+    if implementation == "tpu" and not tpu.fits(q.dtype, size):
         raise ValueError(f"attention: q is {q.dtype}{list(q.shape)}; 'tpu' accepts bfloat16 and float32, H up to 256")
     scale = size**-0.5 if scale is None else float(scale)
-    if implementation == "tpu" or implementation is None and fits and length >= tpu.LANES:
+    kernel = length >= tpu.LANES and slots > 0 and (tpu.fits(q.dtype, size) or gpu.fits(q.dtype, size))
+    if implementation == "tpu" or implementation is None and kernel:
         return _differentiable(q, k, v, q_segments, k_segments, q_slots, window, scale, implementation)
     chosen = reference.attention if implementation == "reference" else blocked.attention
     return checkpoint_name(chosen(q, k, v, q_segments, k_segments, q_slots, window, scale), "attention_out")
@@ -113,4 +113,9 @@ def _chosen(part: str, implementation: str | None, window: int | None, scale: fl
 
     if implementation == "tpu":
         return of(tpu)(*args)
-    return jax.lax.platform_dependent(*args, tpu=of(tpu), default=of(blocked))
+    branches = {}
+    if tpu.fits(args[0].dtype, args[0].shape[3]):
+        branches["tpu"] = of(tpu)
+    if gpu.fits(args[0].dtype, args[0].shape[3]):
+        branches["cuda"] = of(gpu)
+    return jax.lax.platform_dependent(*args, **branches, default=of(blocked))

@@ -21,6 +21,19 @@ HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
 SINK = HIDDEN / 2
 
 
+def fits(dtype: jnp.dtype, size: int) -> bool:
+    """Tells whether the kernels take these heads.
+
+    Args:
+        dtype: of the queries.
+        size: H.
+
+    Returns:
+        True for bfloat16 and float32 of up to 256 values.
+    """
+    return dtype in (jnp.bfloat16, jnp.float32) and size <= 256
+
+
 def tile(length: int, size: int, dtype: jnp.dtype) -> int:
     """Gives the side of a tile of scores, so that what a kernel holds fits the 16 MiB of VMEM that it has on every chip.
 

@@ -40,8 +40,9 @@ def grouped_matmul(
             where they lie. The gradient of a stack is a whole stack that is zero elsewhere: to train, pass a layer's slice.
         transpose_rhs: the orientation of rhs.
         implementation: "tpu" (megablox), "blocked" (a loop over blocks of rows) or "reference" (every group multiplies all
-            rows); None is "tpu" where the program is lowered for a TPU, elsewhere "blocked". Inside shard_map "tpu" needs
-            check_vma=False.
+            rows); None is "tpu" where the program is lowered for a TPU, jax's Mosaic kernels where for CUDA (a Hopper, 16-bit
+            floats, k and n multiples of 64; the gradient of rhs is then rounded to lhs's dtype), else "blocked". Inside
+            shard_map the kernels need check_vma=False.
 
     Returns:
         [M, n] in lhs's dtype, accumulated in float32 (float64 for float64). The gradient of rhs is accumulated likewise

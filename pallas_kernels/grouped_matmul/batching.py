@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.grouped_matmul import blocked, reference, tpu
+from pallas_kernels.grouped_matmul import blocked, gpu, reference, tpu
+from pallas_kernels.late import on_cuda
 
 
 def grouped_matmul(
@@ -100,17 +101,23 @@ def _outer(dtype: jnp.dtype, implementation: str) -> Callable[..., Array]:
 
 def _chosen(run: Callable[..., Array], implementation: str, *args: Array) -> Array:
     """run(implementation, *args); "auto" is decided by the platform that the program is lowered for."""
-    if implementation == "auto" and args[0].dtype not in (jnp.bfloat16, jnp.float32):
-        implementation = "blocked"  # megablox takes no others
     if implementation != "auto":
         return run(implementation, *args)
-    return jax.lax.platform_dependent(*args, tpu=functools.partial(run, "tpu"), default=functools.partial(run, "blocked"))
+    branches, rows = {}, args[0]
+    if rows.dtype in (jnp.bfloat16, jnp.float32):  # megablox takes no others
+        branches["tpu"] = functools.partial(run, "tpu")
+    like = jax.eval_shape(functools.partial(run, "blocked"), *args)
+    if gpu.fits(rows.dtype, rows.shape[1], like.shape[-1]):
+        branches["cuda"] = on_cuda(functools.partial(run, "gpu"), like)
+    return jax.lax.platform_dependent(*args, **branches, default=functools.partial(run, "blocked"))
 
 
 def _matmul_by(transpose_rhs: bool, implementation: str, lhs: Array, rhs: Array, group_sizes: Array, *layers: Array) -> Array:
     layer = layers[0] if layers else None
     if implementation == "tpu":
         return tpu.grouped_matmul(lhs, rhs, group_sizes, layer, transpose_rhs)
+    if implementation == "gpu":
+        return gpu.grouped_matmul(lhs, rhs, group_sizes, layer, transpose_rhs)
     if implementation == "blocked":
         return blocked.grouped_matmul(lhs, rhs, group_sizes, layer, transpose_rhs)
     matrices = rhs if layer is None else jax.lax.dynamic_index_in_dim(rhs, layer, 0, keepdims=False)
@@ -118,9 +125,8 @@ def _matmul_by(transpose_rhs: bool, implementation: str, lhs: Array, rhs: Array,
 
 
 def _outer_by(dtype: jnp.dtype, implementation: str, left: Array, right: Array, group_sizes: Array) -> Array:
-    return {"tpu": tpu, "blocked": blocked, "reference": reference}[implementation].grouped_outer(
-        left, right, group_sizes, dtype
-    )
+    modules = {"tpu": tpu, "gpu": gpu, "blocked": blocked, "reference": reference}
+    return modules[implementation].grouped_outer(left, right, group_sizes, dtype)
 
 
 def _one_by_one(run: Callable[..., Array], is_batched: Sequence[bool], args: tuple[Array, ...]) -> Array:
