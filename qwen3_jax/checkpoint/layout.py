@@ -9,12 +9,14 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qwen3_jax.checkpoint.tensor import LONG_RUN, Box
 
 
-def disk_route(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh, itemsize: int) -> tuple[PartitionSpec, ...]:
+def disk_route(
+    shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh, itemsize: int
+) -> tuple[PartitionSpec, ...]:
     """Layouts from a mesh's own to one whose shards are long runs of a file: what makes short ones moves to earlier axes.
 
     Args:

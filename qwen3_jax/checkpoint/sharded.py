@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -110,12 +110,9 @@ def _read_slot(weights: Weights, slot: Slot, box: Box, values: np.ndarray) -> No
         if 0 <= expert < len(values):
             values[expert] = cast(weights.read_box(slot, box[1:]), values.dtype, slot.name)
         return
-    rows, *others = box
-    step = len(values) if slot.index else max(1, BLOCK // math.prod(slot.part[1:]))
-    for first in range(rows.start, min(rows.stop, slot.part[0]), step):
-        last = min(first + step, rows.stop, slot.part[0])
-        found = weights.read_box(slot, (slice(first, last), *others))
-        values[first - rows.start : last - rows.start] = cast(found, values.dtype, slot.name)
+    for rows in _blocks(slot, box):
+        found = weights.read_box(slot, (rows, *box[1:]))
+        values[rows.start - box[0].start : rows.stop - box[0].start] = cast(found, values.dtype, slot.name)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
@@ -133,6 +130,9 @@ def _layer(stack: jax.Array, repeat: int | jax.Array, route: tuple[PartitionSpec
     for spec in route[1:]:
         piece = jax.sharding.reshard(piece, spec)
     return piece
+
+
+_copied = jax.jit(jnp.copy)
 
 
 def save(
@@ -158,11 +158,10 @@ def save(
     failing = _Failing(team)
     for unit, parts in _units(slots).items():
         path, repeat = unit
-        piece = stack = params[path]
-        if repeat:
-            way = _way(unit, stack)
-            with jax.set_mesh(way.mesh):
-                piece = _layer(stack, repeat[0], way.route)
+        way = _way(unit, params[path])
+        with jax.set_mesh(way.mesh):
+            # An array of its own: jax keeps what the host has read of an array for as long as that lives.
+            piece = _layer(params[path], repeat[0], way.route) if repeat else _copied(params[path])
         for shard in piece.addressable_shards:
             if shard.replica_id == 0:
                 failing.attempt(_write_shard, shard.data, box_of(shard.index, piece.shape), parts, places, dtypes)
@@ -172,20 +171,26 @@ def save(
 def _write_shard(
     data: jax.Array, box: Box, parts: list[Slot], places: Callable[[Slot], Place], dtypes: Mapping[str, np.dtype]
 ) -> None:
+    """Write what a shard holds of each of a unit's slots."""
+    values = np.asarray(data)
     for slot in parts:
+        dtype, place = dtypes[slot.name], places(slot)
         if len(slot.index) == 2:
             expert = slot.index[1] - box[0].start
-            if 0 <= expert < len(data):
-                values = cast(np.asarray(data)[expert], dtypes[slot.name], slot.name)
-                places(slot).write_box(box[1:], values)
+            if 0 <= expert < len(values):
+                place.write_box(box[1:], cast(values[expert], dtype, slot.name))
             continue
-        rows, *others = box
-        step = len(data) if slot.index else max(1, BLOCK // math.prod(slot.part[1:]))
-        for first in range(rows.start, min(rows.stop, slot.part[0]), step):
-            last = min(first + step, rows.stop, slot.part[0])
-            # A copy for the host of what is asked for: jax would keep one of the whole shard for as long as the model lives.
-            values = np.asarray(data[first - rows.start : last - rows.start])
-            places(slot).write_box((slice(first, last), *others), cast(values, dtypes[slot.name], slot.name))
+        for rows in _blocks(slot, box):
+            here = slice(rows.start - box[0].start, rows.stop - box[0].start)
+            place.write_box((rows, *box[1:]), cast(values[here], dtype, slot.name))
+
+
+def _blocks(slot: Slot, box: Box) -> Iterator[slice]:
+    """Rows of a slot that a box holds, some at a time where they are words; rows that pad the vocabulary are none of it."""
+    last = min(box[0].stop, slot.part[0])
+    step = last if slot.index else max(1, BLOCK // math.prod(slot.part[1:]))
+    for first in range(box[0].start, last, step):
+        yield slice(first, min(first + step, last))
 
 
 def _units(slots: list[Slot]) -> dict[Unit, list[Slot]]:
