@@ -119,7 +119,7 @@ def second() -> dict[str, Any]:
 
 def killed() -> dict[str, Any]:
     """Two processes, one of which kills itself in the middle of writing."""
-    model = from_pretrained(PLACE / "in", mesh=make_mesh("fsdp=2,tensor=2"))
+    model = from_pretrained(PLACE / "in", mesh=make_mesh("fsdp=2"))
     if INDEX == 1:
         at_write(30, lambda: os.kill(os.getpid(), signal.SIGKILL))
     save_pretrained(model, PLACE / "killed", overwrite=True)
