@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 
@@ -15,9 +14,7 @@ from qwen3_jax.checkpoint.hf import check_hf_dtypes, check_shard_bytes, hf_order
 from qwen3_jax.checkpoint.opening import open_weights
 from qwen3_jax.checkpoint.reading import CheckpointError
 from qwen3_jax.checkpoint.store import write_store
-from qwen3_jax.checkpoint.weights import Checksums, Weights, check_memory, stream, write_beside
-
-Form = Literal["hf", "orbax"]
+from qwen3_jax.checkpoint.weights import Checksums, Form, Weights, check_form, check_memory, stream, write_beside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +107,7 @@ def plan_conversion(
             replaced; memory or disk do not suffice.
         ConfigError: a config.json that is refused.
     """
-    if to not in get_args(Form):
-        raise CheckpointError(f"to is {to!r}: accepted are {' and '.join(map(repr, get_args(Form)))}")
+    check_form(to)
     check_shard_bytes(max_shard_bytes)
     wanted = None if dtype is None else float_dtype("dtype", dtype)
     weights = open_weights(source)

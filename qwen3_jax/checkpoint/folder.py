@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.filesize import decimal
 
 from qwen3_jax.checkpoint.reading import CheckpointError, system_errors
+from qwen3_jax.checkpoint.together import Team
 
 try:
     import fcntl
@@ -126,9 +127,7 @@ def whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
         part, lock = _new_part(place)
         try:
             yield part
-            _sync_disk(part)
-            for file in [*part.rglob("*"), part]:
-                _fsync(file)
+            _sync(part)
             try:
                 os.rename(part, place)  # onto nothing or an empty folder; never onto one that holds something
             except OSError as error:
@@ -146,6 +145,39 @@ def whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
             if lock is not None:
                 os.close(lock)
+
+
+@contextlib.contextmanager
+def shared_folder(folder: Path, overwrite: bool, team: Team) -> Iterator[Path]:
+    """`whole_folder` for several processes on one file system: it appears once the block has succeeded on every one of them.
+
+    Args:
+        folder: where it will stand.
+        overwrite: replace what stands there at the end.
+        team: the processes, every one of which calls this.
+
+    Yields:
+        The folder to write into, the same for all.
+
+    Raises:
+        CheckpointError: as of `whole_folder`, of this or another process.
+    """
+    if team.size == 1:
+        with whole_folder(folder, overwrite) as part:
+            yield part
+        return
+    with team.agreed(), contextlib.ExitStack() as until_done:
+        # Within the last agreement, for the first process puts the folder in its place at the end of the stack.
+        with team.agreed():
+            part = until_done.enter_context(whole_folder(folder, overwrite)) if team.leads else None
+        name = team.told("" if part is None else part.name)[0]
+        part = resolved(folder).parent / name
+        with team.agreed(), system_errors(folder):
+            if not part.is_dir():
+                raise CheckpointError(f"{part} is not there: several processes write one folder on a file system of them all")
+        with team.agreed(), system_errors(folder):
+            yield part
+            _sync(part)
 
 
 def _new_part(place: Path) -> tuple[Path, int | None]:
@@ -231,6 +263,13 @@ def _exchange(first: Path, second: Path) -> bool:
     """Exchange two folders in one step; False where the system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     return rename is not None and rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _EXCHANGE) == 0
+
+
+def _sync(folder: Path) -> None:
+    """Let what a folder holds reach the disk, as far as this process has written it."""
+    _sync_disk(folder)
+    for file in [*folder.rglob("*"), folder]:
+        _fsync(file)
 
 
 def _sync_disk(path: Path) -> None:

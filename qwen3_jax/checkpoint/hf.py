@@ -46,7 +46,7 @@ def open_hf(folder: Path) -> Weights:
         config=dataclasses.replace(config, quantization_config=None),
         form="Hugging Face",
         dtypes={name: source.dtype for name, source in sources.items()},
-        read_rows=lambda slot, first, last: sources[slot.name].read(first, last),
+        read_box=lambda slot, box: sources[slot.name].read_box(box),
         folder=folder,
         files=files,
         notes=tuple(notes),
@@ -91,19 +91,38 @@ def write_hf(
         blocks: the slots' values in that order.
         max_shard_bytes: data of one file at most; a larger tensor has a file to itself.
     """
+    plans = plan_files(part, ordered, dtypes, max_shard_bytes)
+    arrays = (block.values for block in blocks)
+    for plan in plans:
+        write_file(plan, arrays)
+    # The last block has been taken, not yet asked for what follows it: the stream ends here, its bar with it.
+    if next(arrays, None) is not None:
+        raise CheckpointError(f"{part}: more blocks came than were planned")
+    write_index(part, plans)
+
+
+def plan_files(part: Path, ordered: list[Slot], dtypes: Mapping[str, np.dtype], max_shard_bytes: float) -> list[Plan]:
+    """The files of a Hugging Face folder; arguments as of `write_hf`."""
     shards = list(_shards(ordered, dtypes, max_shard_bytes))
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    arrays = (block.values for block in blocks)
-    for name, shard in zip(names, shards, strict=True):
-        write_file(Plan(part / name, {slot.name: (dtypes[slot.name], slot.shape) for slot in shard}), arrays)
-    # The last block has been taken, not yet asked for what follows it: the stream ends here, its bar with it.
-    if next(arrays, None) is not None:
-        raise CheckpointError(f"{part}: more blocks came than were planned")
-    if len(shards) > 1:
-        where = {slot.name: name for name, shard in zip(names, shards, strict=True) for slot in shard}
-        total = sum(slot.size * dtypes[slot.name].itemsize for slot in ordered)
+    return [
+        Plan(part / name, {slot.name: (dtypes[slot.name], slot.shape) for slot in shard})
+        for name, shard in zip(names, shards, strict=True)
+    ]
+
+
+def write_index(part: Path, plans: list[Plan]) -> None:
+    """Write which file holds what, where there is more than one.
+
+    Args:
+        part: the folder.
+        plans: its files.
+    """
+    if len(plans) > 1:
+        where = {name: plan.file.name for plan in plans for name in plan.tensors}
+        total = sum(plan.nbytes for plan in plans)
         write_json(part / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
 
 

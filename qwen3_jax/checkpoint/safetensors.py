@@ -12,12 +12,13 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from qwen3_jax.checkpoint.reading import CheckpointError, parse_json, system_errors
+from qwen3_jax.checkpoint.tensor import Tensor, start_writeback, write_all
 
 MAX_HEADER = 100_000_000  # bytes, the format's own bound
 MAX_SIZE = 2**63  # bytes that no file has
@@ -35,55 +36,6 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A tensor in a file: where it lies and what it is."""
-
-    file: Path
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    begin: int  # bytes from the start of the file
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its data."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def part(self, first: int, last: int) -> Tensor:
-        """Rows first..last of the leading axis, as a tensor of its own; nothing is read.
-
-        Args:
-            first: first row.
-            last: past the last row, at most shape[0].
-        """
-        row = self.nbytes // self.shape[0]
-        name = f"{self.name}[{first}:{last}]"
-        shape = (last - first, *self.shape[1:])
-        return dataclasses.replace(self, name=name, shape=shape, begin=self.begin + first * row)
-
-    def reshaped(self, *shape: int) -> Tensor:
-        """The same bytes in another shape."""
-        return dataclasses.replace(self, shape=shape)
-
-    def read(self) -> np.ndarray:
-        """The tensor, in memory of its own.
-
-        Raises:
-            CheckpointError: the file ends before the tensor does.
-        """
-        out = np.empty(self.shape, self.dtype)
-        with system_errors(self.file), open(self.file, "rb", buffering=0) as handle:
-            handle.seek(self.begin)
-            view, got = memoryview(out.reshape(-1).view(np.uint8)), 0
-            while got < self.nbytes:
-                count = handle.readinto(view[got:])
-                if not count:
-                    raise CheckpointError(f"{self.file}: {self.name} ends after {got} of its {self.nbytes} bytes")
-                got += count
-        return out
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
@@ -159,6 +111,21 @@ class Plan:
         """Bytes of data, the header left out."""
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.tensors.values())
 
+    def places(self) -> dict[str, Tensor]:
+        """Where each tensor lies in the file, by its name."""
+        at, found = len(header_bytes(self.tensors)), {}
+        for name, (dtype, shape) in self.tensors.items():
+            found[name] = Tensor(self.file, name, dtype, shape, at)
+            at += found[name].nbytes
+        return found
+
+    def create(self) -> None:
+        """Make the file with its header and its full size; its data is zeros."""
+        header = header_bytes(self.tensors)
+        with open(self.file, "xb", buffering=0) as handle:
+            write_all(handle, header)
+            handle.truncate(len(header) + self.nbytes)
+
 
 def header_bytes(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
     """What stands before the data: the header's length and the header.
@@ -192,7 +159,7 @@ def write_file(plan: Plan, arrays: Iterator[np.ndarray]) -> None:
         CheckpointError: an array that is not the planned one.
     """
     with open(plan.file, "xb", buffering=0) as handle:
-        _write_all(handle, header_bytes(plan.tensors))
+        write_all(handle, header_bytes(plan.tensors))
         for name, (dtype, shape) in plan.tensors.items():
             rows = 0
             while rows < shape[0]:
@@ -201,22 +168,7 @@ def write_file(plan: Plan, arrays: Iterator[np.ndarray]) -> None:
                     raise CheckpointError(
                         f"{plan.file}: {name} is {array.dtype}{list(array.shape)}, planned {dtype}{list(shape)}"
                     )
-                _write_all(handle, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                write_all(handle, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
                 rows += len(array)
-            _start_writeback(handle)
+            start_writeback(handle)
         os.fsync(handle.fileno())
-
-
-def _start_writeback(handle: BinaryIO | Any) -> None:
-    """Let the disk begin now, while the next tensor is read, instead of at the fsync.
-
-    Linux starts to write dirty pages when it is told that they are no longer wanted in memory.
-    """
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _write_all(handle: BinaryIO | Any, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while len(view):
-        view = view[handle.write(view) :]

@@ -18,7 +18,8 @@ import numpy as np
 from qwen3_jax.checkpoint.casting import any_infinite, cast
 from qwen3_jax.checkpoint.names import Slot, slots
 from qwen3_jax.checkpoint.reading import CheckpointError, check_size, parse_json, system_errors
-from qwen3_jax.checkpoint.safetensors import Tensor, read_header
+from qwen3_jax.checkpoint.safetensors import read_header
+from qwen3_jax.checkpoint.tensor import Box, Tensor
 from qwen3_jax.config import Qwen3Config
 
 FLOATS = tuple(map(np.dtype, (ml_dtypes.bfloat16, np.float16, np.float32)))
@@ -47,12 +48,19 @@ class Source:
         """What the values are in; bfloat16 for FP8."""
         return np.dtype(ml_dtypes.bfloat16) if self.scale is not None else self.tensor.dtype
 
-    def read(self, first: int, last: int) -> np.ndarray:
-        """Rows first..last in the hub's shape; FP8 is multiplied by its scales in float32 and rounded to bfloat16."""
-        values = self.tensor.part(first, last).read()
+    def read_box(self, box: Box) -> np.ndarray:
+        """What a box of `slot.part` holds; FP8 is multiplied by its scales and rounded to bfloat16, whole rows at a time."""
+        part = self.slot.part
         if self.scale is None:
-            return values
-        scale = cast(self.scale.read(), np.dtype(np.float32), self.scale.name)
+            return self.tensor.reshaped(*part).read_box(box)
+        rows = self.slot.shape[0] // part[0]  # of the hub's, for each of the part's
+        values = self._dequantised(self.scale, box[0].start * rows, box[0].stop * rows)
+        return values.reshape(-1, *part[1:])[(slice(None), *box[1:])]
+
+    def _dequantised(self, scales: Tensor, first: int, last: int) -> np.ndarray:
+        """Rows first..last in the hub's shape, multiplied in float32."""
+        values = self.tensor.part(first, last).read()
+        scale = cast(scales.read(), np.dtype(np.float32), scales.name)
         wide = values.astype(np.float32)
         rows, columns = self.block
         with np.errstate(over="ignore"):  # said below, by name

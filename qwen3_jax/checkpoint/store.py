@@ -24,6 +24,7 @@ from qwen3_jax.checkpoint.casting import cast, holding
 from qwen3_jax.checkpoint.names import GLOBAL, LAYER, Slot, slots, stacked_shape
 from qwen3_jax.checkpoint.reading import CheckpointError, check_size, parse_json, system_errors
 from qwen3_jax.checkpoint.source import FLOATS
+from qwen3_jax.checkpoint.tensor import Box, Place, Tensor
 from qwen3_jax.checkpoint.weights import Block, Weights
 from qwen3_jax.config import Qwen3Config
 
@@ -43,6 +44,26 @@ def chunk_shape(slot: Slot) -> tuple[int, ...]:
     if slot.index:
         return (1,) * len(slot.index) + slot.part
     return (slot.block_rows, *slot.part[1:])
+
+
+def chunk_files(folder: Path, slot: Slot, dtype: np.dtype) -> Place:
+    """The files of a native checkpoint that hold a tensor.
+
+    Args:
+        folder: the checkpoint.
+        slot: the tensor.
+        dtype: of its array.
+
+    Returns:
+        Its place, in the shape of `slot.part`.
+    """
+    shape = chunk_shape(slot)[len(slot.index) :]
+    zeros = ("0",) * (len(shape) - 1)
+    if slot.index:
+        files = ["/".join((*map(str, slot.index), "0", *zeros))]
+    else:
+        files = ["/".join((str(chunk), *zeros)) for chunk in range(-(-slot.shape[0] // slot.block_rows))]
+    return Place(tuple(Tensor(folder / slot.path / "c" / file, slot.name, dtype, shape, 0) for file in files))
 
 
 def open_store(folder: Path) -> Weights:
@@ -83,22 +104,28 @@ def open_store(folder: Path) -> Weights:
             raise CheckpointError(f"{folder}: {path} is {array.dtype.name}; accepted are bfloat16, float16 and float32")
     dtypes = {slot.name: arrays[slot.path].dtype.numpy_dtype for slot in slots(config)}
     dtypes |= _hub_dtypes(folder, metadata, dtypes)
-    files = {path: _check_chunks(folder / path, path, array) for path, array in arrays.items()}
+    files, raw = {}, set()
+    for path, array in arrays.items():
+        files[path] = math.prod(array.shape) * array.dtype.numpy_dtype.itemsize
+        if (chunk := _raw_chunk(array)) is not None:
+            _check_chunks(folder / path, path, array, chunk)
+            if chunk == chunk_shape(by_path[path]):
+                raw.add(path)
 
-    def read_rows(slot: Slot, first: int, last: int) -> np.ndarray:
+    def read_box(slot: Slot, box: Box) -> np.ndarray:
         array = arrays[slot.path]
-        with _store_errors(folder, slot.path):
-            if slot.index:
-                values = np.asarray(array[slot.index].read().result()).reshape(slot.shape)[first:last]
-            else:
-                values = np.asarray(array[first:last].read().result())
+        if slot.path in raw:  # TensorStore reads no less than a chunk
+            values = chunk_files(folder, slot, array.dtype.numpy_dtype).read_box(box)
+        else:
+            with _store_errors(folder, slot.path):
+                values = np.asarray(array[(*slot.index, *box)].read().result())
         return cast(values, dtypes[slot.name], slot.name)
 
     return Weights(
         config=config,
         form="Orbax",
         dtypes=dtypes,
-        read_rows=read_rows,
+        read_box=read_box,
         folder=folder,
         files=files,
     )
@@ -123,11 +150,7 @@ def write_store(
     Raises:
         CheckpointError: the disk refuses. No write is in flight then.
     """
-    context = _context()
-    arrays: dict[str, ts.TensorStore] = {}
-    for slot in slots(config):
-        if slot.path not in arrays:
-            arrays[slot.path] = _create(part, slot, config, dtypes[slot.name], context)
+    arrays = _create_arrays(part, config, dtypes)
     writing: deque[tuple[str, int, Any]] = deque()
 
     def finish(most: int, most_bytes: int) -> None:
@@ -152,9 +175,32 @@ def write_store(
         # After an error the folder is removed: nothing may still be written into it.
         for _, _, commit in writing:
             commit.exception()
+    _write_metadata(part, arrays, hub_dtypes)
+
+
+def create_store(part: Path, config: Qwen3Config, dtypes: Mapping[str, np.dtype]) -> None:
+    """Make a native checkpoint whose every value is zero, to be filled where `chunk_files` says.
+
+    Args:
+        part: an empty folder.
+        config: the model's.
+        dtypes: of each tensor, by its name; one for all of a parameter.
+
+    Raises:
+        CheckpointError: the disk refuses.
+    """
+    _write_metadata(part, _create_arrays(part, config, dtypes), {})
+    for slot in slots(config):
+        for chunk in chunk_files(part, slot, dtypes[slot.name]).tensors:
+            chunk.file.parent.mkdir(parents=True, exist_ok=True)
+            with open(chunk.file, "xb") as handle:
+                handle.truncate(chunk.nbytes)
+
+
+def _write_metadata(part: Path, paths: Iterable[str], hub_dtypes: Mapping[str, np.dtype]) -> None:
     # As numpy arrays, which Orbax restores without being told a sharding; one that is told gives jax arrays all the same.
     tree = {}
-    for path in arrays:
+    for path in paths:
         keys = path.split(".")
         tree[str(tuple(keys))] = {
             "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: key of a dict
@@ -173,6 +219,15 @@ def write_store(
 def _context() -> ts.Context:
     # No cache, or its memory grows with what is read; no sync of each chunk, for the folder is synced once as a whole.
     return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
+
+
+def _create_arrays(part: Path, config: Qwen3Config, dtypes: Mapping[str, np.dtype]) -> dict[str, Any]:
+    context = _context()
+    arrays: dict[str, Any] = {}
+    for slot in slots(config):
+        if slot.path not in arrays:
+            arrays[slot.path] = _create(part, slot, config, dtypes[slot.name], context)
+    return arrays
 
 
 def _create(part: Path, slot: Slot, config: Qwen3Config, dtype: np.dtype, context: ts.Context) -> ts.TensorStore:
@@ -237,20 +292,24 @@ def _hub_dtypes(folder: Path, metadata: Mapping[str, Any], dtypes: Mapping[str, 
     return found
 
 
-def _check_chunks(place: Path, path: str, array: ts.TensorStore) -> int:
-    """Hold the sizes of raw chunk files against the array; bytes of the parameter."""
+def _raw_chunk(array: ts.TensorStore) -> tuple[int, ...] | None:
+    """The shape of an array's chunks, where each is a file of plain bytes."""
     spec = array.spec().to_json()
-    codecs = [codec["name"] for codec in spec["metadata"].get("codecs", [])]
-    if spec["kvstore"]["driver"] == "file" and codecs == ["bytes"]:
-        chunk = spec["metadata"]["chunk_grid"]["configuration"]["chunk_shape"]
-        wanted = math.prod(chunk) * array.dtype.numpy_dtype.itemsize
-        for index in np.ndindex(*(-(-size // step) for size, step in zip(array.shape, chunk, strict=True))):
-            file = place.joinpath("c", *map(str, index))
-            found = file.stat().st_size if file.is_file() else None
-            if found != wanted:
-                what = "is not there" if found is None else f"has {found} bytes"
-                raise CheckpointError(f"{file}: a chunk of {path} {what}; it needs {wanted}")
-    return math.prod(array.shape) * array.dtype.numpy_dtype.itemsize
+    plain = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    if spec["kvstore"]["driver"] != "file" or spec["metadata"].get("codecs") != plain:
+        return None
+    return tuple(spec["metadata"]["chunk_grid"]["configuration"]["chunk_shape"])
+
+
+def _check_chunks(place: Path, path: str, array: ts.TensorStore, chunk: tuple[int, ...]) -> None:
+    """Hold the sizes of raw chunk files against the array."""
+    wanted = math.prod(chunk) * array.dtype.numpy_dtype.itemsize
+    for index in np.ndindex(*(-(-size // step) for size, step in zip(array.shape, chunk, strict=True))):
+        file = place.joinpath("c", *map(str, index))
+        found = file.stat().st_size if file.is_file() else None
+        if found != wanted:
+            what = "is not there" if found is None else f"has {found} bytes"
+            raise CheckpointError(f"{file}: a chunk of {path} {what}; it needs {wanted}")
 
 
 @contextlib.contextmanager

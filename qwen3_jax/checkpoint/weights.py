@@ -9,10 +9,10 @@ import dataclasses
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from rich.console import Console
@@ -23,6 +23,7 @@ from qwen3_jax.checkpoint.card import generation_config, model_card
 from qwen3_jax.checkpoint.casting import cast, holding
 from qwen3_jax.checkpoint.names import Slot, slots
 from qwen3_jax.checkpoint.reading import CheckpointError
+from qwen3_jax.checkpoint.tensor import Box, whole
 from qwen3_jax.config import Qwen3Config
 
 # What belongs to a model beside its weights and its config, and goes where it goes.
@@ -39,6 +40,18 @@ BESIDE = (
     "LICENSE",
 )
 TEMPLATES = "additional_chat_templates"  # a folder of chat templates by name
+
+Form = Literal["hf", "orbax"]  # Hugging Face's, and the native one
+
+
+def check_form(to: str) -> None:
+    """Refuse a form that nothing is written in.
+
+    Raises:
+        CheckpointError: what is accepted.
+    """
+    if to not in get_args(Form):
+        raise CheckpointError(f"to is {to!r}: accepted are {' and '.join(map(repr, get_args(Form)))}")
 
 
 @runtime_checkable
@@ -57,7 +70,7 @@ class Weights:
         config: the model's; values are plain, so it names no quantization.
         form: what they lie in, for people: "Hugging Face", "Orbax", "memory".
         dtypes: each slot's dtype, by its name; every slot of the config is there.
-        read_rows: (slot, first, last) -> those rows of `slot.shape`, in the slot's dtype.
+        read_box: (slot, box) -> what a box of `slot.part` holds, in the slot's dtype.
         folder: where they lie; None for a model in memory.
         files: the files that hold them, with their bytes.
         notes: what is worth telling: a redundant tensor that is left out, a dtype that changes by reading.
@@ -66,10 +79,16 @@ class Weights:
     config: Qwen3Config
     form: str
     dtypes: Mapping[str, np.dtype]
-    read_rows: Callable[[Slot, int, int], np.ndarray]
+    read_box: Callable[[Slot, Box], np.ndarray]
     folder: Path | None = None
     files: Mapping[str, int] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def read_rows(self, slot: Slot, first: int, last: int) -> np.ndarray:
+        """Rows first..last of `slot.shape`, in the slot's dtype."""
+        if slot.index:  # its rows on the hub are none of its part's
+            return self.read_box(slot, whole(slot.part)).reshape(slot.shape)[first:last]
+        return self.read_box(slot, (slice(first, last), *whole(slot.part[1:])))
 
     def slots(self) -> list[Slot]:
         """Every tensor, in the table's order."""
@@ -117,17 +136,37 @@ def stream(weights: Weights, order: Iterable[Slot], dtypes: Mapping[str, np.dtyp
         return Block(slot, first, cast(values, dtypes[slot.name], slot.name))
 
     total = sum(slot.size * dtypes[slot.name].itemsize for slot in order)
+    for _, block in read_ahead(pieces, read, lambda block: block.values.nbytes, total, doing):
+        yield block
+        del block
+
+
+def read_ahead[P, V](
+    pieces: Sequence[P], read: Callable[[P], V], size: Callable[[V], int], total: int, doing: str
+) -> Iterator[tuple[P, V]]:
+    """What is read piece by piece, with a progress bar; the next is read while the one before is used.
+
+    Args:
+        pieces: what is to be read, in order.
+        read: piece -> value; called in a thread.
+        size: value -> its bytes.
+        total: bytes of all of them.
+        doing: a word for the bar.
+
+    Yields:
+        Each piece with its value.
+    """
     with _progress() as progress, ThreadPoolExecutor(1) as reader:
         task = progress.add_task(doing, total=total)
         ahead = reader.submit(read, pieces[0])
-        for piece in [*pieces[1:], None]:
-            block = ahead.result()
-            if piece is not None:
-                ahead = reader.submit(read, piece)
-            size = block.values.nbytes
-            yield block
-            del block
-            progress.advance(task, size)
+        for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
+            value = ahead.result()
+            if following is not None:
+                ahead = reader.submit(read, following)
+            nbytes = size(value)
+            yield piece, value
+            del value
+            progress.advance(task, nbytes)
 
 
 def _progress() -> Progress:

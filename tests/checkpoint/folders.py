@@ -36,3 +36,8 @@ def hub_tensors(config: Qwen3Config, dtype=np.float32, seed: int = 0) -> dict[st
 def contents(folder: Path) -> dict[str, tuple[np.dtype, tuple[int, ...], bytes]]:
     """Dtype, shape and bytes of every tensor of a Hugging Face folder."""
     return {name: (t.dtype, t.shape, t.read().tobytes()) for name, t in folder_tensors(folder).items()}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}

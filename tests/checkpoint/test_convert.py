@@ -285,7 +285,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", "shard")
 
-    monkeypatch.setattr("qwen3_jax.checkpoint.safetensors._write_all", full)
+    monkeypatch.setattr("qwen3_jax.checkpoint.safetensors.write_all", full)
     with pytest.raises(CheckpointError, match="shard: No space left on device"):
         plan_conversion(tmp_path / "in", tmp_path / "out", "hf").run()
     create = store._create

@@ -37,16 +37,18 @@ def watch():
         time.sleep(0.002)
 
 _give_freed_memory_back()
-jax.block_until_ready(jax.tree.leaves(qwen3_jax.from_pretrained(sys.argv[1])))
+mesh = qwen3_jax.make_mesh(sys.argv[3]) if sys.argv[3:] else None
+jax.block_until_ready(jax.tree.leaves(qwen3_jax.from_pretrained(sys.argv[1], mesh=mesh)))
 gc.collect()
 done, seen, before = False, [], anonymous()
 thread = threading.Thread(target=watch)
 thread.start()
-model = qwen3_jax.from_pretrained(sys.argv[2])
+model = qwen3_jax.from_pretrained(sys.argv[2], mesh=mesh)
 jax.block_until_ready(jax.tree.leaves(model))
 done = True
 thread.join()
-print(json.dumps({"peak": max(seen) - before, "model": sum(leaf.nbytes for leaf in jax.tree.leaves(model))}))
+shards = [shard.data.nbytes for leaf in jax.tree.leaves(model) for shard in leaf.addressable_shards]
+print(json.dumps({"peak": max(seen) - before, "model": sum(shards)}))
 """
 
 
@@ -59,8 +61,10 @@ def folders(tmp_path_factory):
     return place
 
 
-def test_a_model_is_loaded_in_the_memory_of_the_model_and_two_slices(folders):
-    command = [sys.executable, "-c", LOAD, str(folders / "2"), str(folders / "8")]
+@pytest.mark.parametrize("mesh", [[], ["fsdp=4,tensor=2"]], ids=["one device", "mesh"])
+def test_a_model_is_loaded_in_the_memory_of_the_model_and_two_slices(folders, mesh):
+    """On a mesh a layer is there once more in the layout that it is read in, and once while it changes to its own."""
+    command = [sys.executable, "-c", LOAD, str(folders / "2"), str(folders / "8"), *mesh]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     slices = 2 * 2 * SHAPE["hidden_size"] * SHAPE["intermediate_size"]
     assert 240 * MEGABYTE < found["model"] < found["peak"] + MEGABYTE
