@@ -141,3 +141,32 @@ def test_what_does_not_fit_is_read_from_the_error():
     older = memory_of_failure(RuntimeError("Ran out of memory in memory space hbm. Used 101.29G of 31.24G hbm. Exceeded"))
     assert older is not None and older.needed == int(101.29 * 2**30)
     assert memory_of_failure(ValueError("Mosaic failed to compile the kernel")) is None
+
+
+@pytest.mark.parametrize(
+    "groups, axes",
+    [
+        ("{{0,2},{1,3}}", ("fsdp",)),
+        ("[2,2]<=[4]", ("tensor",)),
+        ("[2,2]<=[2,2]T(1,0)", ("fsdp",)),
+        ("[1,4]<=[4]", ("fsdp", "tensor")),
+        ("{}", ("fsdp", "tensor")),
+        ("mesh['data'=1,'fsdp'=2,'tensor'=2] {'data','fsdp'}", ("fsdp",)),
+        ("mesh['axis_0'=2,'axis_1'=2] {'axis_1'}", ("tensor",)),
+        ("mesh['axis_0'=4] {'axis_0':(1)2}", ("fsdp",)),
+        ("mesh['axis_0'=4] {'axis_0':(2)2}", ("tensor",)),
+        ("mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]<=[2,2]T(1,0)) {'axis_1'}", ("fsdp",)),
+        ("{{0,3},{1,2}}", ()),
+    ],
+)
+def test_groups_in_every_form_are_mesh_axes(groups, axes):
+    text = f"""HloModule m, is_scheduled=true
+
+ENTRY %main (x: bf16[8,128]) -> bf16[16,128] {{
+  %x = bf16[8,128]{{1,0:T(8,128)(2,1)}} parameter(0)
+  ROOT %gathered = bf16[16,128]{{1,0:T(8,128)(2,1)}} all-gather(%x), channel_id=1, replica_groups={groups}, dimensions={{0}}
+}}
+"""
+    (found,) = counted(text, dict(data=1, fsdp=2, expert=1, context=1, tensor=2))[2]
+    assert (found.kind, found.axes, found.count) == ("all-gather", axes, 1)
+    assert found.bytes == 8 * 128 * 2 * (3 if len(axes) == 2 else 1)
