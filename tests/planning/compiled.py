@@ -15,11 +15,11 @@ from qwen3_jax.parallel.rules import RULES
 
 CONFIG = Qwen3Config(
     vocab_size=2048,
-    hidden_size=512,
-    intermediate_size=1024,
+    hidden_size=1024,
+    intermediate_size=3072,
     num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
     head_dim=128,
 )
 # Arrays stay in HBM: the compiler's own count tells no memory from another, and counts a copy between two of them four times.
@@ -47,10 +47,10 @@ def training() -> jax.stages.Lowered:
         opt_state = placed(jax.eval_shape(optimizer.init, params))
     state = TrainState(array((), jnp.int32), params, opt_state)
     rows = RULES.spec("batch", None, mesh=pod())
-    tokens = array((8, 256), jnp.int32, *rows)
+    tokens = array((8, 128), jnp.int32, *rows)
     # Without rematerialisation: what a loop makes anew, a compiler that sees two layers at once does not.
     step = make_train_step(CONFIG, optimizer, remat="none")
-    return step.lower(state, Batch(tokens, tokens, array((8, 256), jnp.float32, *rows)))
+    return step.lower(state, Batch(tokens, tokens, array((8, 128), jnp.float32, *rows)))
 
 
 def decoding() -> jax.stages.Lowered:
@@ -64,7 +64,7 @@ def decoding() -> jax.stages.Lowered:
         return out.cache, jnp.argmax(out.logits[:, -1], axis=-1)
 
     with jax.set_mesh(pod()):
-        cache = placed(jax.eval_shape(lambda: init_cache(bare, 64, 512)))
+        cache = placed(jax.eval_shape(lambda: init_cache(bare, 64, 1024)))
         return jax.jit(decode, donate_argnums=0).lower(cache, model, tokens)
 
 
