@@ -40,11 +40,7 @@ def rows() -> dict[str, np.ndarray]:
     return dict(q_segments=q_segments, k_segments=k_segments, q_slots=q_slots)
 
 
-@pytest.mark.parametrize(
-    "window, dtype, close",
-    [(None, jnp.float32, 1e-6), (20, jnp.float32, 1e-6), (None, jnp.bfloat16, 2e-2)],
-    ids=["float32", "window", "bfloat16"],
-)
+@pytest.mark.parametrize("window, dtype, close", [(None, jnp.bfloat16, 2e-2), (20, jnp.float32, 1e-6)])
 def test_equal_to_the_reference(window, dtype, close):
     given = jax.tree.map(jnp.asarray, rows())
     draw = np.random.default_rng(0)
