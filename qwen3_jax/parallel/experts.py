@@ -62,7 +62,7 @@ def apply_experts(
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Over which mesh axes what is split, and how tokens travel: the static part of a dispatch.
+    """Over which mesh axes what is split (those of size 1 left out), and how tokens travel: the static part of a dispatch.
 
     Attributes:
         tokens: specs of x, routing and ids.
@@ -151,9 +151,14 @@ def _layout(rules: Rules, mesh: Mesh | AbstractMesh, weights: Any, x: Any, top_k
     stacked = weights[0].ndim == 4
     leading = ("layers",) if stacked else ()
     specs = tuple(rules.spec(*leading, *names, mesh=mesh) for names in AXES)
-    experts, width, embed = (_axes_of(part) for part in specs[0][len(leading) :])
+
+    def axes_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+        axes = (part,) if isinstance(part, str) else part or ()
+        return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+
+    experts, width, embed = (axes_of(part) for part in specs[0][len(leading) :])
     tokens = rules.spec("batch", "seq", None, mesh=mesh)
-    over = (*_axes_of(tokens[0]), *_axes_of(tokens[1]))
+    over = (*axes_of(tokens[0]), *axes_of(tokens[1]))
 
     def parts(axes: tuple[str, ...]) -> int:
         return math.prod(mesh.shape[axis] for axis in axes)
@@ -183,10 +188,6 @@ def _layout(rules: Rules, mesh: Mesh | AbstractMesh, weights: Any, x: Any, top_k
     )
 
 
-def _axes_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (part,) if isinstance(part, str) else part or ()
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _on_mesh(layout: Layout, weights: Weights, x: Any, routing: Any, ids: Any, layer: Any) -> Any:
     layer = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
@@ -201,18 +202,21 @@ def _on_mesh(layout: Layout, weights: Weights, x: Any, routing: Any, ids: Any, l
 
 
 def _forward(layout: Layout, weights: Weights, x: Any, routing: Any, ids: Any, layer: Any) -> tuple[Any, Any]:
-    whole = _gathered(layout, weights, layer, x.dtype)
-    per_shard, choice = whole[0].shape[0], layout.choice
+    # Nothing to gather: the grouped matmul reads its layer from the stack where it lies.
+    in_place = layout.stacked and not layout.embed
+    whole = weights if in_place else _gathered(layout, weights, layer, x.dtype)
+    per_shard, choice = whole[0].shape[-3], layout.choice
     first = _first_expert(layout, per_shard)
 
     def at_experts(done: Any, chunk: tuple[Any, Any]) -> tuple[Any, Any]:
         x, picks = chunk
-        out, rows = visit(whole, x, *_picks(picks, first), choice.capacity, choice.rounds)
+        out, rows = visit(whole, x, *_picks(picks, first), choice.capacity, choice.rounds, layer if in_place else None)
         return done + rows, out
 
     chunk = (x.reshape(-1, x.shape[-1]), _packed(routing, ids))
     out, done = layout.travel(at_experts, per_shard, chunk, jnp.int32(0))
-    dropped = _summed(ids.size - done, layout.over)
+    # Where shards of experts hold the same tokens, each of them sends its own.
+    dropped = _summed(ids.size - done, tuple(axis for axis in layout.everywhere if axis in layout.over + layout.experts))
     return _summed(out, layout.width).astype(x.dtype).reshape(x.shape), dropped
 
 
@@ -283,12 +287,16 @@ def _gathered(layout: Layout, weights: Weights, layer: Any, dtype: Any) -> Weigh
 
 
 def _scattered(layout: Layout, d_whole: Any, weight: Any, axis: int, layer: Any) -> Any:
-    """The gradient of this shard's part of a weight, summed over all shards that used it, in the weight's dtype."""
-    if layout.embed:
-        d_whole = jax.lax.psum_scatter(d_whole, layout.embed, scatter_dimension=axis, tiled=True)
-    part = _summed(
-        d_whole, tuple(axis for axis in layout.over if axis not in layout.experts and axis not in layout.embed)
-    ).astype(weight.dtype)
+    """The gradient of this shard's part of a weight, summed over all shards with other tokens, in the weight's dtype."""
+    part = d_whole
+    if layout.embed and set(layout.embed) <= set(layout.over):
+        part = jax.lax.psum_scatter(part, layout.embed, scatter_dimension=axis, tiled=True)
+    elif layout.embed:  # some of the shards that a weight was gathered from have the same tokens
+        part = _summed(part, tuple(name for name in layout.embed if name in layout.over))
+        size = weight.shape[axis + layout.stacked]
+        part = jax.lax.dynamic_slice_in_dim(part, jax.lax.axis_index(layout.embed) * size, size, axis=axis)
+    others = tuple(name for name in layout.over if name not in layout.experts + layout.embed)
+    part = _summed(part, others).astype(weight.dtype)
     return jnp.zeros_like(weight).at[layer].set(part) if layout.stacked else part
 
 

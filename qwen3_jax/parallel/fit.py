@@ -19,29 +19,52 @@ def fitted(rules: Rules, config: Qwen3Config, mesh: Mesh | AbstractMesh) -> Rule
         The table to be used.
 
     Raises:
-        MeshError: a size that the mesh does not divide; experts over an axis that tokens are not split over.
+        MeshError: a size that the mesh does not divide; axes that two things cannot share.
     """
+    kinds = {kind.mlp for segment in config.segments() for kind in segment.unit}
+    _check_sharing(rules, mesh, moe="moe" in kinds)
     _divides(rules, mesh, "heads", config.num_attention_heads, "query heads")
     heads, keys = rules.shards("heads", mesh), config.num_key_value_heads
-    if keys % rules.shards("kv_heads", mesh):
-        if heads % keys:
+    if _split(rules, mesh, "kv_heads") != _split(rules, mesh, "heads") or keys % heads:
+        if keys % heads and heads % keys:
             raise MeshError(
-                f"{keys} key-value heads over {_said(rules, mesh, 'kv_heads')}: accepted is a divisor of {keys}, which splits "
+                f"{keys} key-value heads over {_said(rules, mesh, 'heads')}: accepted is a divisor of {keys}, which splits "
                 "them, or a multiple, which keeps them whole on every shard"
             )
         rules = rules.replace(kv_heads=None)
     _divides(rules, mesh, "embed", config.hidden_size, "hidden_size")
-    kinds = {kind.mlp for segment in config.segments() for kind in segment.unit}
     if "dense" in kinds:
         _divides(rules, mesh, "mlp", config.intermediate_size, "intermediate_size")
     if "moe" in kinds:
         _divides(rules, mesh, "mlp", config.moe_intermediate_size, "moe_intermediate_size")
         _divides(rules, mesh, "experts", config.num_experts, "experts")
-        tokens = (*rules.axes("batch", mesh), *rules.axes("seq", mesh))
-        for axis in rules.axes("experts", mesh):
-            if axis not in tokens and mesh.shape[axis] > 1:
-                raise MeshError(f"experts over {axis}: accepted are axes that tokens are split over: {', '.join(tokens)}")
     return rules
+
+
+def _check_sharing(rules: Rules, mesh: Mesh | AbstractMesh, moe: bool) -> None:
+    """Refuse tables by which one mesh axis would have to split two things at once."""
+    split = {name: _split(rules, mesh, name) for name in ("batch", "seq", "heads", "kv_heads", "mlp", "embed", "experts")}
+    tokens = {**dict.fromkeys(split["batch"], "batch"), **dict.fromkeys(split["seq"], "seq")}
+    for axis in split["seq"]:
+        if axis in split["batch"]:
+            raise MeshError(f"rules: batch and seq are both over {axis}: accepted is one of them")
+    for name in ("heads", "kv_heads", "mlp"):
+        for axis in split[name]:
+            if axis in tokens:
+                raise MeshError(f"rules: {name} over {axis}, which splits {tokens[axis]}: accepted is an axis without tokens")
+    if moe:
+        for axis in split["experts"]:
+            if axis not in tokens:
+                over = ", ".join(tokens) or "none"
+                raise MeshError(f"rules: experts over {axis}: accepted are axes that tokens are split over: {over}")
+        for axis in split["embed"]:
+            if axis in split["mlp"]:
+                raise MeshError(f"rules: embed and mlp are both over {axis}: accepted is one of them")
+
+
+def _split(rules: Rules, mesh: Mesh | AbstractMesh, name: str) -> tuple[str, ...]:
+    """The mesh axes that a logical axis is split over, those of size 1 left out."""
+    return tuple(axis for axis in rules.axes(name, mesh) if mesh.shape[axis] > 1)
 
 
 def check_batch(rules: Rules, mesh: Mesh | AbstractMesh, batch: int, length: int, context: bool) -> None:
@@ -71,6 +94,6 @@ def _divides(rules: Rules, mesh: Mesh | AbstractMesh, name: str, size: int, what
 
 
 def _said(rules: Rules, mesh: Mesh | AbstractMesh, name: str) -> str:
-    axes = [axis for axis in rules.axes(name, mesh) if mesh.shape[axis] > 1]
+    axes = _split(rules, mesh, name)
     total = f" = {rules.shards(name, mesh)} shards" if len(axes) > 1 else ""
     return " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes) + total

@@ -59,7 +59,7 @@ def _sizes(wish: str, axes: dict[str, int], count: int) -> dict[str, int]:
         if name in asked:
             raise MeshError(f"mesh axis {name} is given twice")
         try:
-            asked[name] = int(size)
+            asked[name] = int(str(size))
         except ValueError:
             raise MeshError(f"mesh axis {name}={size}: accepted is a whole number, or -1 for what is left") from None
         if asked[name] < 1 and asked[name] != -1:
@@ -79,11 +79,15 @@ def _sizes(wish: str, axes: dict[str, int], count: int) -> dict[str, int]:
 
 
 def _ordered(shape: tuple[int, ...], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    groups = sorted({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1 and len(groups) > 1 and devices[0].platform == "tpu":
+        raise MeshError(
+            f"the devices belong to {len(groups)} slices: accepted is slices={len(groups)}, with data a multiple of it"
+        )
     if slices == 1:
         # A torus that cannot be cut along its own axes is cut across them rather than refused.
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     within = (shape[0] // slices, *shape[1:])
-    groups = sorted({getattr(device, "slice_index", 0) for device in devices})
     if len(groups) == slices:
         across = (slices, *(1,) * (len(shape) - 1))
         return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
@@ -105,7 +109,7 @@ def mesh_of(tree: object) -> Mesh | None:
         tree: any pytree, a model for instance; abstract leaves with a sharding count as well.
 
     Returns:
-        The mesh of the first leaf that has one of more than one device; None where all lie on single devices, and under jit.
+        The mesh of the first leaf that has one; None where none has, and under jit.
     """
     for leaf in jax.tree.leaves(tree):
         sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)

@@ -23,6 +23,7 @@ import pallas_kernels
 from qwen3_jax.parallel.dispatch import Dispatch
 from qwen3_jax.parallel.mesh import AXES, MeshError
 
+WHOLE = ("layers", "head_dim", "router", "norm")  # logical axes that are never split
 MeshAxes = str | tuple[str, ...] | None
 
 
@@ -31,7 +32,7 @@ class Rules:
     """Logical axis -> mesh axes, hashable: a static part of a model.
 
     Attributes:
-        rows: pairs of a logical axis and the mesh axes that it is split over, in order; () is never split.
+        rows: pairs of a logical axis and the mesh axes that it is split over, in the mesh's order.
         dispatch: how tokens travel to experts.
     """
 
@@ -53,12 +54,14 @@ class Rules:
             The new table.
 
         Raises:
-            MeshError: a logical axis that the table lacks, a mesh axis that does not exist.
+            MeshError: a logical axis that the table lacks or that is never split, a mesh axis that does not exist.
         """
         table = dict(self.table)
         for name, axes in rows.items():
-            if name not in table:
-                raise MeshError(f"rule for {name!r}: no such logical axis; accepted are {', '.join(table)}")
+            if name not in table or name in WHOLE:
+                accepted = ", ".join(other for other in table if other not in WHOLE)
+                why = "is never split" if name in WHOLE else "no such logical axis"
+                raise MeshError(f"rule for {name!r}: {why}; accepted are {accepted}")
             parts = (axes,) if isinstance(axes, str) else tuple(axes or ())
             for part in parts:
                 if part not in AXES:

@@ -25,6 +25,8 @@ CONFIGS = {
     "tied": Qwen3Config(**SHAPE, tie_word_embeddings=True),
     "moe": Qwen3Config(**SHAPE, **EXPERTS),
     "alternating": Qwen3Config(**SHAPE, **EXPERTS, decoder_sparse_step=2),
+    # A vocabulary that no mesh divides.
+    "odd": Qwen3Config(**{**SHAPE, "vocab_size": 93, "num_attention_heads": 8}, **EXPERTS),
     "mixed": Qwen3Config(**SHAPE, **EXPERTS, mlp_only_layers=(1,)),
     "sliding": Qwen3Config(**SHAPE, use_sliding_window=True, sliding_window=7, max_window_layers=2),
     "bias": Qwen3Config(**SHAPE, attention_bias=True),

@@ -103,6 +103,36 @@ def test_models_that_do_not_fit(change, wish, says):
         fitted(RULES, config, mesh)
 
 
+@pytest.mark.parametrize(
+    "rows, wish, says",
+    [
+        (dict(batch=("data", "context")), "context=8", "batch and seq are both over context"),
+        (dict(seq=("tensor",)), "tensor=2,data=4", "heads over tensor, which splits seq"),
+        (dict(mlp=("fsdp", "tensor"), embed=None), "fsdp=4,tensor=2", "mlp over fsdp, which splits batch"),
+        (dict(experts=None, mlp=("expert", "tensor")), "expert=4,tensor=2", "mlp over expert, which splits batch"),
+        (dict(embed=("fsdp", "tensor")), "fsdp=4,tensor=2", "embed and mlp are both over tensor"),
+        (dict(heads=("fsdp", "tensor")), "fsdp=4,tensor=2", "heads over fsdp, which splits batch"),
+    ],
+)
+def test_one_axis_does_not_split_two_things(rows, wish, says):
+    with pytest.raises(MeshError, match=f"rules: {says}.*accepted"):
+        fitted(RULES.replace(**rows), CONFIGS["moe"], make_mesh(wish))
+
+
+def test_axes_that_nothing_splits_have_no_rule_to_override():
+    with pytest.raises(MeshError, match="rule for 'layers': is never split; accepted are vocab, embed"):
+        RULES.replace(layers="data")
+
+
+@pytest.mark.parametrize("asked", [dict(kv_heads=None), dict(heads=("fsdp", "tensor"), batch=("data",))])
+def test_key_heads_are_whole_wherever_query_heads_are_split_otherwise(asked):
+    config = dataclasses.replace(CONFIGS["dense"], num_attention_heads=8, num_key_value_heads=4)
+    assert fitted(RULES.replace(**asked), config, make_mesh("fsdp=4,tensor=2")).table["kv_heads"] == ()
+    odd = dataclasses.replace(config, num_attention_heads=24, num_key_value_heads=6)
+    with pytest.raises(MeshError, match="6 key-value heads over tensor=4: accepted is a divisor of 6"):
+        fitted(RULES.replace(kv_heads=None), odd, make_mesh("data=2,tensor=4"))
+
+
 def test_rows_that_do_not_fit_and_experts_where_no_tokens_are():
     mesh = make_mesh("data=2,fsdp=2,context=2")
     with pytest.raises(MeshError, match="6 rows over data=2 x fsdp=2 = 4 shards: 6 / 4 leaves 2"):

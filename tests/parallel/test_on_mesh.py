@@ -46,7 +46,7 @@ def skewed(name: str) -> Qwen3:
 
 def batch() -> Batch:
     """Rows of one document, of two packed ones, and padded on either side."""
-    tokens = jax.random.randint(jax.random.key(0), (ROWS, LENGTH), 0, 96)
+    tokens = jax.random.randint(jax.random.key(0), (ROWS, LENGTH), 0, 93)
     segments = np.ones((ROWS, LENGTH), np.int32)
     segments[1, 23:] = 2
     segments[2, :9] = segments[3, 50:] = 0
@@ -80,31 +80,32 @@ def assert_close(found, wanted, what):
 
 
 @pytest.mark.parametrize(
-    "name, wish",
+    "name, wish, transport, rows",
     [
-        ("dense", "data=8"),
-        ("tied", "fsdp=8"),
-        ("dense", "context=8"),
-        ("sliding", "fsdp=2,context=2,tensor=2"),
-        ("bias", "data=2,tensor=4"),
-        ("moe", "expert=8 ring"),
-        ("moe", "expert=8 all_to_all"),
-        ("moe", "expert=8 gather"),
-        ("moe", "fsdp=4,tensor=2"),
-        ("moe", "fsdp=2,expert=2,tensor=2 ring"),
-        ("moe", "fsdp=2,expert=2,tensor=2 all_to_all"),
-        ("alternating", "data=2,fsdp=2,expert=2 all_to_all"),
-        ("alternating", "expert=4,context=2 ring"),
-        ("mixed", "expert=2,context=2,tensor=2 gather"),
-        ("moe", "fsdp=4,expert=2 ring experts=fsdp+expert"),
-        ("moe", "fsdp=4,expert=2 all_to_all experts=fsdp+expert"),
+        ("dense", "data=8", "auto", {}),
+        ("tied", "fsdp=8", "auto", {}),
+        ("dense", "context=8", "auto", {}),
+        ("odd", "tensor=8", "auto", {}),
+        ("sliding", "fsdp=2,context=2,tensor=2", "auto", {}),
+        ("bias", "data=2,tensor=4", "auto", {}),
+        ("moe", "expert=8", "ring", {}),
+        ("moe", "expert=8", "all_to_all", {}),
+        ("moe", "expert=8", "gather", {}),
+        ("odd", "fsdp=4,tensor=2", "auto", dict(vocab=("tensor",))),
+        ("moe", "fsdp=2,expert=2,tensor=2", "ring", {}),
+        ("moe", "fsdp=2,expert=2,tensor=2", "all_to_all", {}),
+        ("alternating", "data=2,fsdp=2,expert=2", "all_to_all", {}),
+        ("alternating", "expert=4,context=2", "ring", {}),
+        ("mixed", "expert=2,context=2,tensor=2", "gather", {}),
+        ("moe", "fsdp=4,expert=2", "ring", dict(experts=("fsdp", "expert"))),
+        ("moe", "fsdp=4,expert=2", "all_to_all", dict(experts=("fsdp", "expert"))),
+        ("odd", "data=4,fsdp=2", "auto", dict(batch=("data",))),
+        ("alternating", "fsdp=4,tensor=2", "auto", dict(mlp=None, embed=("fsdp", "tensor"))),
     ],
 )
-def test_equal_to_one_device(name, wish):
-    wish, transport, rows, *_ = *wish.split(), *("auto", "")[wish.count(" ") :], ""
-    rules = RULES.replace(experts=tuple(rows.partition("=")[2].split("+"))) if rows else RULES
+def test_equal_to_one_device(name, wish, transport, rows):
     # Buffers of less than what is sent, so that they are filled more than once.
-    rules = dataclasses.replace(rules, dispatch=Dispatch(transport, slack=0.6))
+    rules = dataclasses.replace(RULES.replace(**rows), dispatch=Dispatch(transport, slack=0.6))
     mesh = make_mesh(wish)
     model = on_mesh(skewed(name), mesh, rules)
     with jax.set_mesh(mesh):
@@ -120,14 +121,15 @@ def test_equal_to_one_device(name, wish):
         assert_close(gradient, wanted[path], jax.tree_util.keystr(path))
     for gradient, parameter in zip(jax.tree.leaves(gradients), jax.tree.leaves(model), strict=True):
         assert gradient.sharding.spec == parameter.sharding.spec
-    parameters = jax.tree.leaves_with_path(model)
-    for path, leaf in parameters:
+    for path, leaf in jax.tree.leaves_with_path(model):
         names = jax.tree_util.keystr(path)
         shards = leaf.size // leaf.addressable_shards[0].data.size
         # Matrices are split over every axis that splits parameters, expert weights over expert too; norms and router are not.
-        if "norm" not in names and "bias" not in names and "router" not in names:
+        if not any(word in names for word in ("norm", "bias", "router")) and not rows:
             width = mesh.shape["fsdp"] * (1 if ".k." in names or ".v." in names else mesh.shape["tensor"])
-            assert shards >= width * (mesh.shape["expert"] if ".moe." in names and not rows else 1), names
+            assert shards >= width * (mesh.shape["expert"] if ".moe." in names else 1), names
+        if ".moe." in names and "experts" in rows:
+            assert leaf.sharding.spec[1] == rows["experts"] or "router" in names, names
 
 
 @pytest.mark.parametrize("name, wish", [("alternating", "fsdp=2,expert=2,tensor=2"), ("tied", "fsdp=4,context=2")])
