@@ -1,7 +1,7 @@
 """A model between a mesh and a disk, a layer of a parameter at a time: no process ever holds the whole.
 
-Each process reads and writes its share of every layer, in a layout that suits the disk (`disk_route`); devices exchange what lies
-elsewhere. Words, which have no layer axis, are read and written where they lie, by runs of rows.
+Each process reads and writes its share of every layer, in a layout that suits the disk (`disk_route`); devices exchange what
+lies elsewhere. Words, which have no layer axis, are read and written where they lie, by runs of rows.
 """
 
 from __future__ import annotations
