@@ -1,8 +1,7 @@
 """A model between a mesh and a disk, a layer of a parameter at a time: no process ever holds the whole.
 
-Each process reads and writes its share of every layer, in a layout that suits
-the disk (`disk_route`); the devices exchange what lies elsewhere.
-Words, which no layer axis holds, are read and written by runs of rows where they lie.
+Each process reads and writes its share of every layer, in a layout that suits the disk (`disk_route`); devices exchange what
+lies elsewhere. Words, which have no layer axis, are read and written where they lie, by runs of rows.
 """
 
 from __future__ import annotations
@@ -93,9 +92,9 @@ def load(weights: Weights, shapes: Mapping[str, jax.ShapeDtypeStruct], team: Tea
                 whole[path] = piece
                 continue
             wanted = shapes[path]
-            if path not in whole:
-                whole[path] = jnp.zeros(wanted.shape, wanted.dtype, device=wanted.sharding)
             with jax.set_mesh(way.mesh):
+                if path not in whole:
+                    whole[path] = jnp.zeros(wanted.shape, wanted.dtype, device=wanted.sharding)
                 whole[path] = _placed(whole[path], piece, repeat[0], way.route)
             del piece
             whole[path].block_until_ready()  # one layer is on its way, no queue of them

@@ -17,7 +17,8 @@ INDEX, COUNT, PLACE = int(_INDEX), int(_COUNT), Path(_PLACE)
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={_DEVICES}"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"localhost:{_PORT}", COUNT, INDEX, heartbeat_timeout_seconds=10)
+# Whom the other has left waits for it at its own end: not long where a kill is the test, longer where none should come.
+jax.distributed.initialize(f"localhost:{_PORT}", COUNT, INDEX, heartbeat_timeout_seconds=15 if _DUTY == "killed" else 100)
 
 import numpy as np  # noqa: E402  # jax.distributed comes first
 import orbax.checkpoint as ocp  # noqa: E402
@@ -77,7 +78,8 @@ def first() -> dict[str, Any]:
     mesh = make_mesh("fsdp=2,tensor=2")
     model, count = read(PLACE / "in", mesh)
     save_pretrained(model, PLACE / "by2-hf", max_shard_bytes=40_000)
-    save_pretrained(model, PLACE / "by2-orbax", to="orbax")
+    with jax.set_mesh(mesh):  # whether one is set makes no difference
+        save_pretrained(model, PLACE / "by2-orbax", to="orbax")
     found: dict[str, Any] = {"read": count, "held": held(model)}
     if INDEX == 1:
         at_write(9, full)

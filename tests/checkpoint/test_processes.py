@@ -112,7 +112,7 @@ def test_kill_9_of_one_leaves_no_finished_folder(place):
     second.communicate(timeout=120)
     assert second.returncode == -signal.SIGKILL
     try:
-        out, _ = first.communicate(timeout=60)
+        out, _ = first.communicate(timeout=120)
     finally:
         first.kill()
     assert first.returncode != 0 and "ended" not in out
