@@ -22,9 +22,9 @@ print(use_compilation_cache(folder), file=sys.stderr)
 events = collections.Counter()
 monitoring.register_event_listener(lambda name, **more: events.update([name.removeprefix("/jax/compilation_cache/")]))
 shape = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=16)
-config = Qwen3Config(**shape, num_attention_heads=4, num_key_value_heads=2)
+config = Qwen3Config(**shape, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
 with jax.set_mesh(make_mesh(wish)):
-    model = jax.jit(lambda: Qwen3(config, rngs=nnx.Rngs(0)))()
+    model = jax.jit(lambda: Qwen3(config, rngs=nnx.Rngs(0), dtype=jax.numpy.float32))()
 tokens = generate(model, [[5, 6, 7]], max_new_tokens=4).tokens.tolist()
 print(json.dumps([events["compile_requests_use_cache"], events["cache_hits"], tokens]))
 """

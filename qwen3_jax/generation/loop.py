@@ -193,7 +193,8 @@ def _step(model: Qwen3, layers: Sequence[Layer] | None, running: Running, settin
     texts = (without_keys(cache), without_keys(seen.cache), tokens, after.budget.next_forced, after.done)
     text, done = by_rows(fed, *texts, whole=(settings.room,))
     out = dataclasses.replace(after.out, cache=text)
-    logits = model.logits(seen.hidden[:, 0])
+    # Placed again, for a single row's layout is lost on the way.
+    logits = placed(model.logits(seen.hidden[:, 0]), "batch", None)
     after = dataclasses.replace(after, step=at + 1, logits=logits, done=done, out=out, prompt=running.prompt)
     return _with_keys(after, KeyValues(seen.cache.k, seen.cache.v))
 
