@@ -91,29 +91,19 @@ def test_rows_are_padded_to_the_shards_and_samples_share_what_they_can():
 
 
 def test_turns_and_samples():
-    """A prompt that four shards share eight answers of; then each answer's next turn, from the cache, two samples of each."""
-    model, hot = random_model("dense"), Sampling(1.1, top_k=20)
-    placed = on_mesh(model, make_mesh("data=4,tensor=2"))
+    """One prompt whose eight answers four shards share; three in a cache of the caller's; each answer's next turn."""
+    model = random_model("dense")
+    draw = functools.partial(generate, max_new_tokens=6, sampling=Sampling(1.1, top_k=20), key=jax.random.key(0))
 
     def turns(model):
-        first = generate(
-            model, random_tokens(1, 5), max_new_tokens=6, samples=8, cache_len=64, sampling=hot, key=jax.random.key(0)
-        )
-        more = random_tokens(8, 3, seed=1)
-        second = generate(
-            model, more, lengths=[3, 2] * 4, max_new_tokens=6, samples=2, cache=first.cache, sampling=hot, key=jax.random.key(1)
-        )
-        return first, second
+        first = draw(model, random_tokens(1, 5), samples=8)
+        second = draw(model, random_tokens(3, 5), lengths=[5, 2, 4], samples=2, cache=init_cache(model, 3, 64))
+        third = draw(model, random_tokens(6, 3, seed=1), lengths=[3, 2] * 3, cache=second.cache)
+        return first, second, third
 
-    for found, wanted in zip(turns(placed), turns(model), strict=True):
+    for found, wanted in zip(turns(on_mesh(model, make_mesh("data=4,tensor=2"))), turns(model), strict=True):
         assert_same(found, wanted)
         assert len({tuple(row) for row in np.asarray(wanted.tokens)}) == wanted.tokens.shape[0]
-    # Rows that the shards do not divide: a cache that the caller made, and its turn's samples.
-    odd = []
-    for each in (placed, model):
-        first = generate(each, random_tokens(3, 5), max_new_tokens=3, cache=init_cache(each, 3, 40))
-        odd.append(generate(each, random_tokens(3, 2), max_new_tokens=3, samples=2, cache=first.cache))
-    assert_same(*odd)
 
 
 def banned(rows, logits, written, step):
