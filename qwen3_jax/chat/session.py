@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ import numpy as np
 
 from qwen3_jax.chat.thinking import Piece, ThinkingParser, last_soft_switch, thought_is_open
 from qwen3_jax.chat.tokenizer import Tokenizer
-from qwen3_jax.generation.cache import init_cache
-from qwen3_jax.generation.loop import Running, Settings, advance, bucket, make_settings, on_cpu, start
+from qwen3_jax.generation.door import Settings, bucket, make_settings
+from qwen3_jax.generation.loop import advance, finished, start
 from qwen3_jax.generation.sample import Sampling
-from qwen3_jax.generation.unstack import unstack, views
+from qwen3_jax.generation.step import Generated, Running
+from qwen3_jax.generation.unstack import on_cpu, unstack, views
 from qwen3_jax.model.transformer import Layer, Qwen3
+from qwen3_jax.parallel.mesh import on_mesh_of
 
 CHUNK = 8  # tokens between two looks at what was written
 _LONGEST_CHARACTER = 8  # tokens that one character may be spread over; more are bytes that are no text
@@ -89,7 +92,9 @@ class Chat:
         if sampling is None:
             thinks = thinking is not False and last_soft_switch(messages) is not False
             sampling = default_sampling(self.tok.generation_config, thinks)
-        settings = make_settings(self.model, 1, sampling, jax.random.key(seed), self._stop_tokens, budget, None, max_new_tokens)
+        with on_mesh_of(self.model):
+            key = jax.random.key(seed)
+            settings = make_settings(self.model, 1, sampling, key, self._stop_tokens, budget, None, max_new_tokens)
         written = self._tokens(self.tok.encode(prompt), settings, max_new_tokens)
         return _deltas(written, _Characters(self.tok), ThinkingParser(thought_is_open(prompt)), watch)
 
@@ -98,15 +103,17 @@ class Chat:
         padded, slots = bucket(len(ids)), bucket(limit)
         tokens = np.zeros((1, padded), np.int32)
         tokens[0, : len(ids)] = ids
-        running = _begin(
-            self.model, self._layers, jnp.asarray(tokens), jnp.asarray([len(ids)]), settings, slots, padded + slots
-        )
+        lengths = np.asarray([len(ids)], np.int32)
+        # The mesh is set for each call alone: between two of them the caller's code runs.
+        with on_mesh_of(self.model):
+            running = _begin(self.model, self._layers, tokens, lengths, settings, slots, padded + slots)
         seen = 0
         while True:
-            running = _more(self.model, self._layers, running, settings, jnp.minimum(seen + CHUNK, settings.limit))
-            count, stopped = int(running.out.lengths[0]), bool(running.out.finish_reason[0])
-            done = bool(running.done[0])
-            yield [int(token) for token in running.out.tokens[0, seen : count - stopped]], done and not stopped
+            until = np.int32(seen + CHUNK)
+            with on_mesh_of(self.model):
+                running, out, done = _more(self.model, self._layers, running, settings, until)
+            count, stopped, done = int(out.lengths[0]), bool(out.finish_reason[0]), bool(done)
+            yield [int(token) for token in out.tokens[0, seen : count - stopped]], done and not stopped
             if done:
                 return
             seen = count
@@ -122,13 +129,16 @@ def _begin(
     slots: int,
     capacity: int,
 ) -> Running:
-    cache = init_cache(model, tokens.shape[0], capacity)
-    return start(model, layers, tokens, lengths, cache, settings, slots, 0, 1, fresh=True)
+    return start(model, layers, tokens, lengths, settings, capacity=capacity, slots=slots)
 
 
 @functools.partial(jax.jit, donate_argnums=2)
-def _more(model: Qwen3, layers: Sequence[Layer] | None, running: Running, settings: Settings, until: jax.Array) -> Running:
-    return advance(model, layers, running, settings, until)
+def _more(
+    model: Qwen3, layers: Sequence[Layer] | None, running: Running, settings: Settings, until: jax.Array
+) -> tuple[Running, Generated, jax.Array]:
+    """The Running after `until` tokens; what its one row has written; whether that is all."""
+    running = advance(model, layers, running, settings, jnp.minimum(until, settings.limit))
+    return running, finished(model, dataclasses.replace(running.out, cache=None), 1), jnp.all(running.done)
 
 
 def _deltas(

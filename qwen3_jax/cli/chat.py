@@ -34,6 +34,8 @@ class Options:
     """Of the first answer's draw; each next one counts up."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of computation; float32 on CPU, else bfloat16."""
+    compilation_cache: bool = True
+    """Keep compiled programs for the next start, in $XDG_CACHE_HOME or ~/.cache."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,10 +54,12 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"max_new_tokens is {options.max_new_tokens}: accepted is an integer >= 1")
 
     from qwen3_jax import Chat, Sampling, from_pretrained, load_tokenizer
+    from qwen3_jax.cli.programs import keep_programs
     from qwen3_jax.cli.text import is_text, make_console
 
     if options.system is not None and not is_text(options.system):
         raise ValueError(f"system: {options.system!r} holds bytes that are no UTF-8: accepted is text")
+    keep_programs(options.compilation_cache)
     console = make_console()
     tok = load_tokenizer(options.model)
     chat = Chat(from_pretrained(options.model, dtype=options.dtype), tok)

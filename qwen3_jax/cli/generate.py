@@ -31,6 +31,8 @@ class Options:
     """Continuations per prompt."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of computation; float32 on CPU, else bfloat16."""
+    compilation_cache: bool = True
+    """Keep compiled programs for the next start, in $XDG_CACHE_HOME or ~/.cache."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,11 +54,13 @@ def main(argv: Sequence[str]) -> int:
     import numpy as np
 
     from qwen3_jax import Sampling, from_pretrained, generate, load_tokenizer
+    from qwen3_jax.cli.programs import keep_programs
     from qwen3_jax.cli.text import is_text, make_console, write
 
     if wrong := next((prompt for prompt in options.prompts if not is_text(prompt)), None):
         raise ValueError(f"prompts: {wrong!r} holds bytes that are no UTF-8: accepted is text")
 
+    keep_programs(options.compilation_cache)
     tok = load_tokenizer(options.model)
     model = from_pretrained(options.model, dtype=options.dtype)
     rows = [tok.encode(prompt) for prompt in options.prompts]

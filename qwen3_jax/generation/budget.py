@@ -47,16 +47,14 @@ class ThinkingBudget:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BudgetRule:
-    """A budget in the fixed form that the loop reads.
+    """What all rows share of a budget, in the fixed form that the loop reads.
 
     Attributes:
-        tokens: [B] int32.
         end_id, think_id, turn_id: int32 scalars.
         forced: [F] int32, open_ids and then early_stop_ids.
         opening, total: int32 scalars, how many of `forced` are open_ids, and how many there are.
     """
 
-    tokens: Any
     end_id: Any
     think_id: Any
     turn_id: Any
@@ -83,19 +81,43 @@ class BudgetState:
     earlier: Any
 
 
-def budget_rule(budget: ThinkingBudget | None, batch: int, vocabulary: int) -> BudgetRule:
-    """The rule of a budget; None is one that is never spent, so that both are the same program.
+def budget_tokens(budget: ThinkingBudget | None, batch: int) -> Int[Array, " B"]:
+    """How many tokens each row's thought may take; UNLIMITED without a budget.
 
     Args:
         budget: the caller's.
         batch: rows.
+
+    Returns:
+        [B] int32.
+
+    Raises:
+        ValueError: a negative budget, or one that is neither a number nor [B].
+    """
+    given = UNLIMITED if budget is None else budget.tokens
+    tokens, values = given, known(given)
+    if values is not None:
+        if not np.issubdtype(values.dtype, np.integer) or np.any(values < 0):
+            raise ValueError(f"thinking: tokens is {given}: accepted is an integer >= 0, or one per row")
+        tokens = np.minimum(values, UNLIMITED)
+    tokens = jnp.asarray(tokens, jnp.int32)
+    if tokens.shape not in ((), (batch,)):
+        raise ValueError(f"thinking: tokens has shape {list(tokens.shape)}: accepted is a number or [{batch}], one per row")
+    return jnp.broadcast_to(tokens, (batch,))
+
+
+def budget_rule(budget: ThinkingBudget | None, vocabulary: int) -> BudgetRule:
+    """The rule of a budget; None has one too, which nothing makes use of, so that both are the same program.
+
+    Args:
+        budget: the caller's.
         vocabulary: how many tokens there are.
 
     Returns:
         The rule.
 
     Raises:
-        ValueError: a negative budget, one that is neither a number nor [B], no early_stop_ids, or ids that are no tokens.
+        ValueError: no early_stop_ids, or ids that are no tokens.
     """
     none = budget is None
     if budget is None:
@@ -103,17 +125,8 @@ def budget_rule(budget: ThinkingBudget | None, batch: int, vocabulary: int) -> B
     opening, closing = (_ids(budget, name, 1, vocabulary) for name in ("open_ids", "early_stop_ids"))
     if closing.shape[0] == 0:
         raise ValueError("thinking: early_stop_ids is empty: accepted is at least one token")
-    tokens, values = budget.tokens, known(budget.tokens)
-    if values is not None:
-        if not np.issubdtype(values.dtype, np.integer) or np.any(values < 0):
-            raise ValueError(f"thinking: tokens is {tokens}: accepted is an integer >= 0, or one per row")
-        tokens = np.minimum(values, UNLIMITED)
-    tokens = jnp.asarray(tokens, jnp.int32)
-    if tokens.shape not in ((), (batch,)):
-        raise ValueError(f"thinking: tokens has shape {list(tokens.shape)}: accepted is a number or [{batch}], one per row")
     total = opening.shape[0] + closing.shape[0]
     return BudgetRule(
-        tokens=jnp.broadcast_to(tokens, (batch,)),
         end_id=_ids(budget, "end_id", 0, vocabulary, optional=none),
         think_id=_ids(budget, "think_id", 0, vocabulary, optional=True),
         turn_id=_ids(budget, "turn_id", 0, vocabulary, optional=True),
@@ -169,12 +182,13 @@ def begin(
 
 
 def enforce(
-    rule: BudgetRule, state: BudgetState, step: Int[Array, ""], tokens: Int[Array, " B"]
+    rule: BudgetRule, most: Int[Array, " B"], state: BudgetState, step: Int[Array, ""], tokens: Int[Array, " B"]
 ) -> tuple[Int[Array, " B"], Bool[Array, " B"], BudgetState]:
     """Replace the model's tokens where a budget is spent.
 
     Args:
         rule: the budget.
+        most: how many tokens each row's thought may take.
         state: before this step.
         step: tokens that every running row has generated so far in this call.
         tokens: what the model drew.
@@ -182,7 +196,7 @@ def enforce(
     Returns:
         The tokens to be written, which of them were forced, and the state after them.
     """
-    spent = state.thinking & (state.next_forced < 0) & (step + state.earlier >= rule.tokens)
+    spent = state.thinking & (state.next_forced < 0) & (step + state.earlier >= most)
     first = jnp.where(state.opened, rule.opening, 0)
     at = jnp.where(spent, first, state.next_forced)
     forced = (at >= 0) & (at < rule.total)

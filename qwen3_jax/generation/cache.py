@@ -8,10 +8,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
-from qwen3_jax.model.cache import Cache
+from qwen3_jax.generation.rows import padded_rows, taken, whole
+from qwen3_jax.model.cache import Cache, KeyValues
 from qwen3_jax.model.transformer import Qwen3
 from qwen3_jax.parallel.mesh import on_mesh_of
-from qwen3_jax.parallel.rules import spec, use_rules
+from qwen3_jax.parallel.rules import placed, spec, use_rules
+
+KEYS = ("layers", "batch", "kv_heads", None, None)  # the axes of keys and values
 
 
 def init_cache(model: Qwen3, batch: int, length: int, dtype: DTypeLike | None = None) -> Cache:
@@ -19,7 +22,7 @@ def init_cache(model: Qwen3, batch: int, length: int, dtype: DTypeLike | None = 
 
     Args:
         model: whose layers it serves.
-        batch: rows.
+        batch: rows. On a mesh the cache has as many as its shards divide, the last ones padding.
         length: slots per row: prompt, padding and new tokens together.
         dtype: of keys and values; the model's compute dtype when None.
 
@@ -27,22 +30,22 @@ def init_cache(model: Qwen3, batch: int, length: int, dtype: DTypeLike | None = 
         The cache: 2 * L * B * K * S * H values.
 
     Raises:
-        ValueError: batch or length below 1; rows that the mesh does not divide.
+        ValueError: batch or length below 1.
     """
     if batch < 1 or length < 1:
         raise ValueError(f"a cache needs at least one row and one slot, found batch={batch}, length={length}")
     config = model.config
-    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
     dtype = model.dtype if dtype is None else dtype
 
     def zeros(shape: tuple[int, ...], dtype: DTypeLike, *axes: str | None) -> Array:
         return jnp.zeros(shape, dtype, out_sharding=spec(*axes))
 
     with on_mesh_of(model), use_rules(model.rules):
-        stack = ("layers", "batch", "kv_heads", None, None)
+        batch = padded_rows(batch)
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
         return Cache(
-            k=zeros(shape, dtype, *stack),
-            v=zeros(shape, dtype, *stack),
+            k=zeros(shape, dtype, *KEYS),
+            v=zeros(shape, dtype, *KEYS),
             segments=zeros((batch, length), jnp.int32, "batch", None),
             lengths=zeros((batch,), jnp.int32, "batch"),
             positions=zeros((batch,), jnp.int32, "batch"),
@@ -107,19 +110,49 @@ def written(
     )
 
 
-def repeated(cache: TextCache, samples: int) -> TextCache:
-    """The cache with each row as often as there are samples.
+def without_keys(cache: Cache) -> Cache:
+    """The cache without keys and values, whose first axis is not the batch."""
+    return dataclasses.replace(cache, k=None, v=None)
+
+
+def in_rows(cache: Cache, rows: int, copies: int) -> Cache:
+    """The cache with the rows that a call has: each of its own so many times, then padding.
+
+    Args:
+        cache: any.
+        rows: of the result.
+        copies: of each row.
+
+    Returns:
+        It, on a mesh laid out as `init_cache` does.
+    """
+    if copies > 1 or cache.segments.shape[0] != rows:
+        # Rows of other shards are wanted here.
+        stacks = [taken(placed(x, "layers", None, *KEYS[2:]), rows, copies, axis=1) for x in (cache.k, cache.v)]
+        others = jax.tree.map(lambda x: taken(x, rows, copies), whole(without_keys(cache)))
+        cache = dataclasses.replace(others, k=stacks[0], v=stacks[1])
+    others = jax.tree.map(lambda x: placed(x, "batch", *[None] * (x.ndim - 1)), without_keys(cache))
+    return dataclasses.replace(others, k=placed(cache.k, *KEYS), v=placed(cache.v, *KEYS))
+
+
+def keys_of_samples(cache: Cache, samples: int) -> KeyValues:
+    """Keys and values with each row as often as there are samples.
 
     Args:
         cache: B rows.
         samples: how many each becomes.
 
     Returns:
-        B * samples rows, those of one row side by side.
+        Those of B * samples rows, those of one row side by side.
     """
+    keys, layout = KeyValues(cache.k, cache.v), spec(*KEYS)
     if samples == 1:
-        return cache
-    return TextCache(**{name: jnp.repeat(x, samples, axis=1 if name in ("k", "v") else 0) for name, x in vars(cache).items()})
+        return keys
+
+    def run(keys: KeyValues) -> KeyValues:
+        return jax.tree.map(lambda x: jnp.repeat(x, samples, axis=1), keys)
+
+    return run(keys) if layout is None else jax.shard_map(run, in_specs=layout, out_specs=layout, check_vma=False)(keys)
 
 
 def grown(cache: Cache, capacity: int) -> Cache:

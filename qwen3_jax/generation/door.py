@@ -8,16 +8,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Float, Int, Key
 
-from qwen3_jax.config import Qwen3Config
-from qwen3_jax.generation.budget import UNLIMITED, ThinkingBudget, budget_rule
+from qwen3_jax.generation.budget import UNLIMITED, ThinkingBudget, budget_rule, budget_tokens
+from qwen3_jax.generation.rows import padded_rows
 from qwen3_jax.generation.sample import Sampling, broadcast
 from qwen3_jax.generation.values import check_ids, integers, known
 from qwen3_jax.model.cache import Cache
 from qwen3_jax.model.transformer import Qwen3
+from qwen3_jax.parallel.mesh import mesh_of, said
 
 LogitsHook = Callable[[Float[Array, "B V"], Int[Array, "B N"], Int[Array, ""]], Float[Array, "B V"]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowSettings:
+    """What one call of generate decides for each row.
+
+    Attributes:
+        sampling: a Sampling, every field [B].
+        keys: [B] typed keys; step t of row b draws with fold_in(keys[b], t).
+        budget: [B] int32, tokens that a thought may take.
+    """
+
+    sampling: Any
+    keys: Any
+    budget: Any
 
 
 @jax.tree_util.register_dataclass
@@ -26,8 +44,7 @@ class Settings:
     """What one call of generate decides, in a fixed form: B rows, and token lists padded with -1.
 
     Attributes:
-        sampling: every field [B].
-        keys: [B] typed keys; step t of row b draws with fold_in(keys[b], t).
+        rows: a RowSettings.
         stop: [S] int32.
         budget: a BudgetRule.
         hook: a jax.tree_util.Partial of a LogitsHook, or None.
@@ -36,8 +53,7 @@ class Settings:
         pad: int32.
     """
 
-    sampling: Any
-    keys: Any
+    rows: Any
     stop: Any
     budget: Any
     hook: Any
@@ -95,10 +111,9 @@ def make_settings(
     check_ids("stop_tokens", stop, vocabulary)
     spare = bucket(stop.shape[0]) - stop.shape[0]
     return Settings(
-        sampling=broadcast(sampling, rows),
-        keys=_keys(key, sampling, rows),
+        rows=RowSettings(broadcast(sampling, rows), _keys(key, sampling, rows), budget_tokens(thinking, rows)),
         stop=jnp.pad(jnp.asarray(stop, jnp.int32), (0, spare), constant_values=-1),
-        budget=budget_rule(thinking, rows, vocabulary),
+        budget=budget_rule(thinking, vocabulary),
         hook=_partial(logits_hook),
         limit=jnp.int32(max_new_tokens),
         room=jnp.int32(room),
@@ -166,25 +181,64 @@ def checked_prompts(tokens: Any, lengths: Any, vocabulary: int) -> tuple[Int[Arr
     return jnp.asarray(found, jnp.int32), jnp.asarray(ends, jnp.int32)
 
 
-def check_cache(config: Qwen3Config, cache: Any, batch: int) -> None:
+def check_cache(model: Qwen3, cache: Any, batch: int) -> None:
     """Refuse what is no cache of so many rows of that model.
 
     Args:
-        config: the model's.
+        model: whose cache it should be; its mesh is set.
         cache: anything.
         batch: prompts.
 
     Raises:
-        ValueError: another type, number of rows, or shape.
+        ValueError: another type, number of rows, or shape; a cache that lies elsewhere than the model.
     """
     if not isinstance(cache, Cache):
         raise ValueError(f"cache is a {type(cache).__name__}: accepted is a Cache: an earlier turn's `.cache`, or init_cache's")
+    home, place = _home(model), _home(cache)
+    if home is not None and place is not None and home != place:
+        raise ValueError(f"cache lies on {_said(place)} and the model on {_said(home)}: accepted is one place for both")
+    config = model.config
     layers, rows, heads, _, width = cache.k.shape
-    if rows != batch:
+    if rows not in (batch, padded_rows(batch)):
         raise ValueError(f"cache has {rows} rows, tokens {batch}: accepted are as many")
     found, wanted = (layers, heads, width), (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
     if found != wanted:
         raise ValueError(f"cache is another model's: layers, heads and head_dim are {found}: accepted are {wanted}")
+
+
+def beside(model: Qwen3, tree: Any) -> Any:
+    """Arguments whose arrays lie elsewhere than the model, brought to it; on a mesh whole to every device.
+
+    Args:
+        model: any Qwen3.
+        tree: a pytree; what is no array, or is traced, stays as it is.
+
+    Returns:
+        The tree.
+    """
+    home = _home(model)
+
+    def brought(x: Any) -> Any:
+        place = _home(x)
+        if home is None or place is None or home == place:
+            return x
+        # Put on a plain device, an array from a mesh would keep the mesh in its type.
+        whole = NamedSharding(home, PartitionSpec()) if isinstance(home, Mesh) else SingleDeviceSharding(home)
+        return jax.device_put(x, whole)
+
+    return jax.tree.map(brought, tree)
+
+
+def _home(tree: Any) -> Mesh | jax.Device | None:
+    """The mesh or the device that a tree's first array lies on; None where it is traced or there is none."""
+    first = next((leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)), None)
+    if first is None or isinstance(first, jax.core.Tracer):
+        return None
+    return mesh_of(first) or next(iter(first.devices()))
+
+
+def _said(place: Mesh | jax.Device) -> str:
+    return said(place) if isinstance(place, Mesh) else str(place)
 
 
 def fitted(

@@ -18,65 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
-from qwen3_jax.generation.budget import BudgetState, ThinkingBudget, begin, enforce
-from qwen3_jax.generation.cache import TextCache, grown, init_cache, repeated, with_text, written
-from qwen3_jax.generation.door import LogitsHook, Settings, bucket, check_cache, checked_prompts, fitted, make_settings
-from qwen3_jax.generation.sample import Sampling, penalised, sample
+from qwen3_jax.generation.budget import ThinkingBudget
+from qwen3_jax.generation.cache import grown, in_rows, init_cache, keys_of_samples, without_keys
+from qwen3_jax.generation.door import LogitsHook, Settings, beside, bucket, check_cache, checked_prompts, fitted, make_settings
+from qwen3_jax.generation.rows import early_copies, padded_rows, taken, whole
+from qwen3_jax.generation.sample import Sampling
+from qwen3_jax.generation.step import Generated, Running, begun, draw, enter, fed, many
 from qwen3_jax.generation.unstack import on_cpu, unstack, views
 from qwen3_jax.generation.values import count
-from qwen3_jax.model.cache import Cache
+from qwen3_jax.model.cache import Cache, KeyValues
 from qwen3_jax.model.transformer import Layer, Qwen3
+from qwen3_jax.parallel.mesh import on_mesh_of
+from qwen3_jax.parallel.rules import by_rows, placed, use_rules
 
-LENGTH, STOP = 0, 1  # finish_reason
 GREEDY = Sampling(temperature=0.0)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Generated:
-    """What generate returns. A pytree; N is max_new_tokens, and B counts samples as rows.
-
-    Attributes:
-        tokens: [B, N] int32 without the prompt; a stop token is the row's last; then the config's pad_token_id (0 if none).
-        lengths: [B] int32, tokens of each row.
-        finish_reason: [B] int32: 0 max_new_tokens were written (or the row's cache is full, see generate), 1 a stop token was.
-        logprobs: [B, N] float32, log-probability of each token in the model's own distribution; 0 after the end.
-        top_tokens: [B, N, n] int32, the n most probable tokens of each step; n = 0 unless asked for.
-        top_logprobs: [B, N, n] float32, their log-probabilities.
-        cache: a TextCache that holds prompt and answer of every row, for a next turn.
-    """
-
-    tokens: Any
-    lengths: Any
-    finish_reason: Any
-    logprobs: Any
-    top_tokens: Any
-    top_logprobs: Any
-    cache: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Running:
-    """A generation under way. N is a bucket, not max_new_tokens.
-
-    Attributes:
-        step: int32, tokens that every row still running has.
-        logits: [B, V] float32 of the next token.
-        done: [B] bool.
-        out: a Generated so far.
-        budget: a BudgetState.
-        counts: [B, V] int32, how often each token was generated.
-        prompt: [B, V] bool, tokens of the prompt.
-    """
-
-    step: Any
-    logits: Any
-    done: Any
-    out: Any
-    budget: Any
-    counts: Any
-    prompt: Any
 
 
 def generate(
@@ -96,6 +51,8 @@ def generate(
     samples: SupportsIndex = 1,
 ) -> Generated:
     """Continue prompts. One jitted program; use it inside jit and vmap as you like.
+
+    It runs where the model lies: of a model on a mesh, rows that the mesh does not divide are padded and cut off again.
 
     What does not fit the cache is refused, except where its lengths are traced, within your own jit: there a row whose cache is
     full ends (finish_reason 0), and one whose prompt does not fit has length 0 and leaves its cache as it is.
@@ -130,20 +87,23 @@ def generate(
     new, samples = count("max_new_tokens", max_new_tokens, 1), count("samples", samples, 1)
     logprobs = count("logprobs", logprobs, 0, model.config.vocab_size)
     cache_len = None if cache_len is None else count("cache_len", cache_len, 1)
-    prompts, ends = checked_prompts(tokens, lengths, model.config.vocab_size)
-    batch = prompts.shape[0]
-    if cache is not None:
-        check_cache(model.config, cache, batch)
-    prompts, room, capacity = fitted(prompts, new, cache, cache_len)
-    settings = make_settings(model, batch * samples, sampling, key, stop_tokens, thinking, logits_hook, new, room)
-    slots = bucket(new)
-    layers = views(model) if on_cpu(model) else None
-    unstacked = layers is None and on_cpu(model)
-    out = _generate(model, layers, prompts, ends, cache, settings, slots, capacity, logprobs, samples, unstacked)
-    if slots == new:
-        return out
-    cut = {name: getattr(out, name)[:, :new] for name in ("tokens", "logprobs", "top_tokens", "top_logprobs")}
-    return dataclasses.replace(out, **cut)
+    with on_mesh_of(model), use_rules(model.rules):
+        given = (tokens, lengths, sampling, key, stop_tokens, thinking, logits_hook)
+        tokens, lengths, sampling, key, stop_tokens, thinking, logits_hook = beside(model, given)
+        prompts, ends = checked_prompts(tokens, lengths, model.config.vocab_size)
+        batch = prompts.shape[0]
+        if cache is not None:
+            check_cache(model, cache, batch)
+        prompts, room, capacity = fitted(prompts, new, cache, cache_len)
+        settings = make_settings(model, batch * samples, sampling, key, stop_tokens, thinking, logits_hook, new, room)
+        slots = bucket(new)
+        layers = views(model) if on_cpu(model) else None
+        unstacked = layers is None and on_cpu(model)
+        out = _generate(model, layers, prompts, ends, cache, settings, slots, capacity, logprobs, samples, unstacked)
+        if slots == new:
+            return out
+        cut = {name: getattr(out, name)[:, :new] for name in ("tokens", "logprobs", "top_tokens", "top_logprobs")}
+        return dataclasses.replace(out, **cut)
 
 
 def start(
@@ -151,71 +111,48 @@ def start(
     layers: Sequence[Layer] | None,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    cache: Cache,
     settings: Settings,
-    slots: int,
-    top: int,
-    samples: int,
     *,
-    fresh: bool = False,
+    cache: Cache | None = None,
+    capacity: int,
+    slots: int,
+    top: int = 0,
+    samples: int = 1,
 ) -> Running:
     """Take the prompts in.
 
     Args:
-        model: any Qwen3.
+        model: any Qwen3; the mesh that it lies on is set.
         layers: its layers one by one, or None to scan them.
         tokens: prompts, padded on the right.
         lengths: real tokens of each row.
-        cache: what the prompts follow on; written in place.
         settings: for B * samples rows.
+        cache: what the prompts follow on, written in place; None is an empty one.
+        capacity: slots per row of the cache, at least as many as it has.
         slots: room for new tokens.
         top: how many of the most probable tokens are kept at each step.
         samples: answers per prompt.
-        fresh: the cache is empty, and need not be read.
 
     Returns:
-        A Running with no token yet.
+        A Running with no token yet, for as many rows as the mesh divides.
     """
-    vocabulary = model.config.vocab_size
-    before = with_text(cache)
-    fits = before.lengths + lengths <= _room(before, settings)
-    real = (jnp.arange(tokens.shape[1], dtype=jnp.int32) < lengths[:, None]) & fits[:, None]
-    tokens = jnp.where(real, tokens, 0)  # padding may be any number
-    # A row goes on with the document that its cache ended with.
-    document = jnp.take_along_axis(cache.segments, jnp.maximum(cache.lengths - 1, 0)[:, None], axis=1)
-    segments = jnp.where(real, jnp.where(cache.lengths[:, None] > 0, jnp.maximum(document, 1), 1), 0).astype(jnp.int32)
-    seen = model(tokens, segment_ids=segments, cache=cache, output="hidden", fresh=fresh, layers=layers)
-    last = jnp.take_along_axis(seen.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    kept = written(before, seen.cache, tokens, False, before.next_forced)
-    slot = jnp.arange(kept.capacity, dtype=jnp.int32)
-    given = (slot >= before.lengths[:, None]) & (slot < kept.lengths[:, None])
-    state = begin(settings.budget, kept.tokens, kept.generated, given, kept.next_forced)
-    prompt = _words(jnp.where(real, tokens, -1), vocabulary)
-    if isinstance(cache, TextCache):
-        prompt |= _words(before.tokens, vocabulary)
+    with use_rules(model.rules):
+        copies = early_copies(tokens.shape[0], samples)
+        real, samples = tokens.shape[0] * copies, samples // copies
+        rows = padded_rows(real)
+        tokens, lengths = (taken(x, rows, copies) for x in whole((tokens, lengths)))
+        lengths = jnp.where(jnp.arange(rows, dtype=jnp.int32) < real, lengths, 0)
+        fresh = cache is None
+        cache = init_cache(model, rows, capacity) if cache is None else grown(in_rows(cache, rows, copies), capacity)
 
-    def spread(x: jax.Array) -> jax.Array:
-        return x if samples == 1 else jnp.repeat(x, samples, axis=0)
-
-    rows = tokens.shape[0] * samples
-    out = Generated(
-        tokens=jnp.full((rows, slots), settings.pad, jnp.int32),
-        lengths=jnp.zeros((rows,), jnp.int32),
-        finish_reason=jnp.zeros((rows,), jnp.int32),
-        logprobs=jnp.zeros((rows, slots), jnp.float32),
-        top_tokens=jnp.zeros((rows, slots, top), jnp.int32),
-        top_logprobs=jnp.zeros((rows, slots, top), jnp.float32),
-        cache=repeated(kept, samples),
-    )
-    return Running(
-        step=jnp.int32(0),
-        logits=spread(model.logits(last)),
-        done=spread(~fits | (kept.lengths >= _room(kept, settings))),
-        out=out,
-        budget=jax.tree.map(spread, state),
-        counts=jnp.zeros((rows, vocabulary), jnp.int32),
-        prompt=spread(prompt),
-    )
+        before, tokens, segments = by_rows(enter, without_keys(cache), tokens, lengths, whole=(settings.room,))
+        seen = model(tokens, segment_ids=segments, cache=cache, output="hidden", fresh=fresh, layers=layers)
+        run = functools.partial(begun, vocabulary=model.config.vocab_size, slots=slots, top=top, samples=samples)
+        prompts = (before, without_keys(seen.cache), seen.hidden, tokens, segments, lengths)
+        running, last = by_rows(run, *prompts, whole=(_shared(settings),))
+        logits = by_rows(lambda logits: many(logits, samples), model.logits(last))
+        running = dataclasses.replace(running, step=jnp.int32(0), logits=logits)
+        return _with_keys(running, keys_of_samples(seen.cache, samples))
 
 
 def advance(
@@ -224,7 +161,7 @@ def advance(
     """Write tokens until every row is done or has `until` of them.
 
     Args:
-        model: any Qwen3.
+        model: any Qwen3; the mesh that it lies on is set.
         layers: its layers one by one, or None to scan them.
         running: what start or advance returned.
         settings: the same as before.
@@ -233,93 +170,70 @@ def advance(
     Returns:
         The Running after them.
     """
+    with use_rules(model.rules):
+        rows, padded = settings.rows.budget.shape[0], running.done.shape[0]
+        per_row = jax.tree.map(lambda x: placed(taken(x, padded), "batch"), whole(settings.rows))
+        settings = dataclasses.replace(settings, rows=per_row)
 
-    def goes_on(running: Running) -> Bool[Array, ""]:
-        return (running.step < until) & ~jnp.all(running.done)
+        def goes_on(running: Running) -> Bool[Array, ""]:
+            return (running.step < until) & ~jnp.all(running.done)
 
-    def step(running: Running) -> Running:
-        return _step(model, layers, running, settings)
+        def step(running: Running) -> Running:
+            return _step(model, layers, running, settings, rows)
 
-    return jax.lax.while_loop(goes_on, step, running)
-
-
-def _step(model: Qwen3, layers: Sequence[Layer] | None, running: Running, settings: Settings) -> Running:
-    out, at, alive = running.out, running.step, ~running.done
-    rows = jnp.arange(out.lengths.shape[0], dtype=jnp.int32)
-    token, forced, budget = _next_tokens(running, settings)
-    budget = jax.tree.map(lambda new, old: jnp.where(alive, new, old), budget, running.budget)
-    token = jnp.where(alive, token, settings.pad)
-    stopped = alive & ~forced & jnp.any(token[:, None] == settings.stop, axis=1)
-
-    raw = running.logits
-    normaliser = jax.nn.logsumexp(raw, axis=-1)
-    chosen = jnp.take_along_axis(raw, token[:, None], axis=1)[:, 0] - normaliser
-    top_logits, top_tokens = jax.lax.top_k(raw, out.top_tokens.shape[-1])
-    fed = model(
-        token[:, None],
-        segment_ids=_documents(out.cache, alive),
-        cache=out.cache,
-        output="hidden",
-        layers=layers,
-    )
-    cache = written(out.cache, fed.cache, token[:, None], True, budget.next_forced)
-
-    def kept(array: jax.Array, value: jax.Array) -> jax.Array:
-        value = jnp.where(alive.reshape(-1, *[1] * (value.ndim - 1)), value, array[:, at])
-        return jax.lax.dynamic_update_index_in_dim(array, value.astype(array.dtype), at, axis=1)
-
-    return Running(
-        step=at + 1,
-        logits=model.logits(fed.hidden[:, 0]),
-        done=running.done | stopped | (cache.lengths >= _room(cache, settings)) | (at + 1 >= settings.limit),
-        out=Generated(
-            tokens=kept(out.tokens, token),
-            lengths=out.lengths + alive,
-            finish_reason=jnp.where(stopped, STOP, out.finish_reason),
-            logprobs=kept(out.logprobs, chosen),
-            top_tokens=kept(out.top_tokens, top_tokens),
-            top_logprobs=kept(out.top_logprobs, top_logits - normaliser[:, None]),
-            cache=cache,
-        ),
-        budget=budget,
-        counts=running.counts.at[rows, token].add(alive.astype(jnp.int32)),
-        prompt=running.prompt,
-    )
+        return jax.lax.while_loop(goes_on, step, running)
 
 
-def _next_tokens(running: Running, settings: Settings) -> tuple[Int[Array, " B"], Bool[Array, " B"], BudgetState]:
-    logits, sampling = running.logits, settings.sampling
-    if settings.hook is not None:
-        logits = _hooked(settings.hook, logits, running)
-    logits = penalised(logits, sampling, running.counts, running.prompt)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(settings.keys, running.step)
-    return enforce(settings.budget, running.budget, running.step, sample(logits, sampling, keys))
+def _step(model: Qwen3, layers: Sequence[Layer] | None, running: Running, settings: Settings, rows: int) -> Running:
+    cache, at = running.out.cache, running.step
+    logits = running.logits if settings.hook is None else _hooked(settings.hook, running, rows)
+    by_row = dataclasses.replace(running, step=None, out=dataclasses.replace(running.out, cache=without_keys(cache)))
+    tokens, documents, after = by_rows(draw, by_row, logits, settings.rows, whole=(at, _shared(settings)))
+    seen = model(tokens, segment_ids=documents, cache=cache, output="hidden", layers=layers)
+    texts = (without_keys(cache), without_keys(seen.cache), tokens, after.budget.next_forced, after.done)
+    text, done = by_rows(fed, *texts, whole=(settings.room,))
+    out = dataclasses.replace(after.out, cache=text)
+    # Placed again, for a single row's layout is lost on the way.
+    logits = placed(model.logits(seen.hidden[:, 0]), "batch", None)
+    after = dataclasses.replace(after, step=at + 1, logits=logits, done=done, out=out, prompt=running.prompt)
+    return _with_keys(after, KeyValues(seen.cache.k, seen.cache.v))
 
 
-def _documents(cache: Cache, alive: Bool[Array, " B"]) -> Int[Array, "B 1"]:
-    """The document that each row goes on with; padding for rows that are done, which leaves their cache as it is."""
-    document = jnp.take_along_axis(cache.segments, (cache.lengths - 1)[:, None], axis=1)
-    return jnp.where(alive[:, None], document, 0)
-
-
-def _hooked(hook: LogitsHook, logits: Float[Array, "B V"], running: Running) -> Float[Array, "B V"]:
-    changed: Any = hook(logits, running.out.tokens, running.step)
+def _hooked(hook: LogitsHook, running: Running, rows: int) -> Float[Array, "B V"]:
+    """Logits that the hook has changed: it is given the caller's rows, on a mesh whole on every device."""
+    padded = running.logits.shape[0]
+    logits, tokens = (x[:rows] for x in whole((running.logits, running.out.tokens)))
+    changed: Any = hook(logits, tokens, running.step)
     if not isinstance(changed, jax.Array) or changed.shape != logits.shape or changed.dtype != logits.dtype:
         found = f"{changed.dtype}{list(changed.shape)}" if isinstance(changed, jax.Array) else f"a {type(changed).__name__}"
         raise ValueError(f"logits_hook returned {found}: accepted is {logits.dtype}{list(logits.shape)}, as it is given")
-    return changed
+    return placed(taken(whole(changed), padded), "batch", None)
 
 
-def _room(cache: Cache, settings: Settings) -> Int[Array, ""]:
-    """Slots of a row that may be filled."""
-    return jnp.minimum(settings.room, cache.capacity)
+def _shared(settings: Settings) -> Settings:
+    """What all rows share, but for the hook."""
+    return dataclasses.replace(settings, rows=None, hook=None)
 
 
-def _words(tokens: Int[Array, "B S"], vocabulary: int) -> Bool[Array, "B V"]:
-    """Which words each row holds; -1 is none."""
-    rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
-    where = jnp.where(tokens < 0, vocabulary, tokens)  # out of bounds is dropped
-    return jnp.zeros((tokens.shape[0], vocabulary), bool).at[rows, where].set(True, mode="drop")
+def _with_keys(running: Running, keys: KeyValues) -> Running:
+    cache = dataclasses.replace(running.out.cache, k=keys.k, v=keys.v)
+    return dataclasses.replace(running, out=dataclasses.replace(running.out, cache=cache))
+
+
+def finished(model: Qwen3, out: Generated, rows: int) -> Generated:
+    """What has been generated, without the mesh's padding; all but the cache whole on every device.
+
+    Args:
+        model: whose rules the arrays are split by.
+        out: of a Running.
+        rows: that the caller knows of.
+
+    Returns:
+        The Generated to be returned.
+    """
+    with use_rules(model.rules):
+        seen = jax.tree.map(lambda x: x[:rows], whole(dataclasses.replace(out, cache=None)))
+        return dataclasses.replace(seen, cache=out.cache)
 
 
 @functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
@@ -338,7 +252,7 @@ def _generate(
 ) -> Generated:
     if unstacked:
         layers = unstack(model)
-    fresh = cache is None
-    cache = init_cache(model, tokens.shape[0], capacity) if cache is None else grown(cache, capacity)
-    running = start(model, layers, tokens, lengths, cache, settings, slots, top, samples, fresh=fresh)
-    return advance(model, layers, running, settings, settings.limit).out
+    sizes = dict(capacity=capacity, slots=slots, top=top, samples=samples)
+    running = start(model, layers, tokens, lengths, settings, cache=cache, **sizes)
+    running = advance(model, layers, running, settings, settings.limit)
+    return finished(model, running.out, tokens.shape[0] * samples)

@@ -8,6 +8,8 @@ from flax import nnx
 
 from qwen3_jax.model.param import ExpertParam
 from qwen3_jax.model.transformer import Layer, Qwen3
+from qwen3_jax.parallel.mesh import mesh_of
+from qwen3_jax.parallel.rules import meshless
 
 
 def unstack(model: Qwen3) -> list[Layer]:
@@ -35,12 +37,12 @@ def views(model: Qwen3) -> list[Layer] | None:
         model: any Qwen3.
 
     Returns:
-        A Layer for each layer of the network; None where this can't be done: under jit, where weights are stored in another
-        dtype than is computed in, or on several devices.
+        A Layer for each layer of the network; None where this can't be done: under jit, and where weights are stored in another
+        dtype than is computed in.
     """
     stacked = [leaf for unit in model.segments for leaf in jax.tree.leaves(nnx.split(unit, ExpertParam, ...)[2])]
     for leaf in stacked:
-        if isinstance(leaf, jax.core.Tracer) or leaf.dtype != model.dtype or len(leaf.devices()) > 1:
+        if isinstance(leaf, jax.core.Tracer) or leaf.dtype != model.dtype:
             return None
 
     slices = [np.asarray(leaf)[i] for leaf in stacked for i in range(leaf.shape[0])]
@@ -52,11 +54,14 @@ def views(model: Qwen3) -> list[Layer] | None:
 
 
 def on_cpu(model: Qwen3) -> bool:
-    """Whether the weights are on CPU, where layers run faster one by one; in a caller's jit, the default backend decides."""
+    """Whether the weights are on one CPU, where layers run faster one by one; in a caller's jit, the default backend decides.
+
+    On a mesh the stacks stay: its CPUs are there to try a program, and the scan is compiled faster.
+    """
     weight = model.embed.weight[...]
     if isinstance(weight, jax.core.Tracer):
-        return jax.default_backend() == "cpu"
-    return all(device.platform == "cpu" for device in weight.devices())
+        return meshless() and jax.default_backend() == "cpu"
+    return mesh_of(model) is None and all(device.platform == "cpu" for device in weight.devices())
 
 
 def _layers(model: Qwen3, slice_of: Callable[[jax.Array, int], jax.Array]) -> list[Layer]:

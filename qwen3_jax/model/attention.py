@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -150,7 +151,8 @@ def _written(
 
     A loop over rows of plain slice updates: the one scatter that says the same needs 8 x the temporary memory on a TPU.
     """
-    new = new.astype(stack.dtype)
+    # In the cache's own layout: as heads lie after their norm, the whole cache would be copied to theirs and back on a mesh.
+    new = with_layout_constraint(new.astype(stack.dtype), Layout(major_to_minor=(0, 1, 2, 3)))
     length, slots = new.shape[2], stack.shape[3]
     zero, layer = jnp.int32(0), jnp.asarray(layer, jnp.int32)
 

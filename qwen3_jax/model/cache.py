@@ -28,7 +28,7 @@ class Cache:
     @property
     def capacity(self) -> int:
         """Slots per row."""
-        return self.k.shape[3]
+        return self.segments.shape[1]
 
 
 @jax.tree_util.register_dataclass

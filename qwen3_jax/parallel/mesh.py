@@ -11,12 +11,12 @@ All five are always there, those that nobody asked for with size 1, so that no c
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
@@ -118,19 +118,37 @@ def mesh_of(tree: object) -> Mesh | None:
     return None
 
 
-@contextlib.contextmanager
-def on_mesh_of(tree: object) -> Iterator[Mesh | None]:
-    """Set the mesh that a tree's arrays lie on, for the length of the block; whatever is set stays where they lie on none.
+def on_mesh_of(tree: object) -> contextlib.AbstractContextManager[object]:
+    """Set the mesh that a tree's arrays lie on, for the length of a block; none where they lie on single devices.
+
+    Traced arrays know the mesh that they will lie on, so this holds under jit and vmap too. What is set stays where the tree
+    does not say: where its arrays are abstract, or traced on no mesh.
 
     Args:
         tree: any pytree.
 
-    Yields:
-        The mesh, or None.
+    Returns:
+        For a `with` statement.
+
+    Raises:
+        MeshError: under jit, where another mesh is set already.
     """
-    mesh = mesh_of(tree)
-    if mesh is None:
-        yield None
-        return
-    with jax.set_mesh(mesh):
-        yield mesh
+    mesh, leaves = mesh_of(tree), jax.tree.leaves(tree)
+    traced = [jax.typeof(leaf).sharding.mesh for leaf in leaves if isinstance(leaf, jax.core.Tracer)]
+    shape = next((found for found in traced if not found.empty), None) if mesh is None else mesh.abstract_mesh
+    if mesh is not None or any(isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        try:
+            return jax.set_mesh(mesh)
+        except ValueError:
+            pass  # under jit and vmap a mesh is set by its shape alone
+    current = jax.sharding.get_abstract_mesh()
+    if shape is None or shape == current:
+        return contextlib.nullcontext()
+    if not current.empty:
+        raise MeshError(f"the arrays lie on {said(shape)}, and {said(current)} is set: accepted under jit is one mesh")
+    return jax.sharding.use_abstract_mesh(shape)
+
+
+def said(mesh: Mesh | AbstractMesh) -> str:
+    """The mesh in words, for messages: "a mesh of data=2 x tensor=4"."""
+    return "a mesh of " + (" x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device")

@@ -202,18 +202,21 @@ def cast_in_place(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return jax.shard_map(run, in_specs=layout, out_specs=layout, check_vma=False)(x)
 
 
-def by_rows(run: Callable[..., Any], *args: Any) -> Any:
-    """Call a function whose every argument and result has the batch as its first axis, on each shard's rows alone.
+def by_rows(run: Callable[..., Any], *args: Any, whole: tuple[Any, ...] = ()) -> Any:
+    """Call a function whose every result has the batch as its first axis, on each shard's rows alone.
 
     Args:
         run: works on each row by itself.
-        *args: pytrees of arrays.
+        *args: pytrees of arrays whose first axis is the batch.
+        whole: pytrees of arrays that every shard is given as they are, after the others.
 
     Returns:
-        run(*args).
+        run(*args, *whole).
     """
     if meshless():
-        return run(*args)
-    rows = spec("batch")
+        return run(*args, *whole)
+    rows, everything = spec("batch"), PartitionSpec()
     args = jax.tree.map(lambda x: jax.sharding.reshard(x, rows), args)
-    return jax.shard_map(run, in_specs=rows, out_specs=rows, check_vma=False)(*args)
+    whole = jax.tree.map(lambda x: jax.sharding.reshard(x, everything), whole)
+    layouts = (rows,) * len(args) + (everything,) * len(whole)
+    return jax.shard_map(run, in_specs=layouts, out_specs=rows, check_vma=False)(*args, *whole)

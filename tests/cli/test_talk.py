@@ -22,6 +22,15 @@ COMMAND = [sys.executable, "-m", "qwen3_jax.cli.main"]
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs(tmp_path_factory):
+    """A folder for compiled programs in place of the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENVIRONMENT, "XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
@@ -33,9 +42,10 @@ def run(*words, **options):
     return subprocess.run([*COMMAND, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **options)
 
 
-def test_generate_continues_each_prompt(model):
+def test_generate_continues_each_prompt_and_keeps_its_programs(model, programs):
     done = run("generate", str(model), "def read(", "return", "--max-new-tokens", "9")
     assert done.returncode == 0, done.stderr
+    assert len(list(programs.glob("qwen3-jax/jax_*/jit__generate-*-cache"))) == 1
     tok = load_tokenizer(model)
     for prompt in ("def read(", "return"):
         out = generate(
@@ -72,6 +82,15 @@ def test_settings_of_a_wrong_type_are_one_line(model, tmp_path):
         done = run(*words, input="")
         assert done.returncode == 2 and "Traceback" not in done.stderr
         assert "generation_config.json: eos_token_id is 'x': accepted is an id or a list of ids" in done.stderr
+
+
+def test_a_cache_that_cannot_be_written_is_one_line_and_none_without_it(model, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setitem(ENVIRONMENT, "XDG_CACHE_HOME", str(tmp_path / "file"))
+    for words, lines in (([], 1), (["--no-compilation-cache"], 0)):
+        done = run("generate", str(model), "a", "--max-new-tokens", "2", *words)
+        assert done.returncode == 0 and done.stderr.count("\n") == lines, done.stderr
+        assert not lines or "Not a directory: accepted is a folder that can be made" in done.stderr
 
 
 # All that a console might take for its own: emoji, markup, tabs, control characters, backslashes, line ends of both kinds.

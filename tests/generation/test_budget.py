@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_jax import ThinkingBudget, generate
-from qwen3_jax.generation.budget import begin, budget_rule, enforce
+from qwen3_jax.generation.budget import begin, budget_rule, budget_tokens, enforce
 from qwen3_jax.model.cache import Cache
 from tests.model.models import random_model
 
@@ -45,8 +45,8 @@ def begun(rule, tokens, given):
 
 
 @jax.jit
-def enforced(rule, state, step, tokens):
-    return enforce(rule, state, step, tokens)
+def enforced(rule, most, state, step, tokens):
+    return enforce(rule, most, state, step, tokens)
 
 
 # Few tokens, so that every special one is common.
@@ -60,13 +60,16 @@ WORDS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
     tokens=st.lists(st.integers(0, STEPS + 2), min_size=3, max_size=3),
 )
 def test_rows_with_budgets_of_their_own(prompts, drawn, tokens):
-    rule = budget_rule(budget(np.asarray(tokens)), 3, 96)
+    given = budget(np.asarray(tokens))
+    rule, most = budget_rule(given, 96), budget_tokens(given, 3)
     padded = np.full((3, 8), -1, np.int32)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
     state, written, running = begun(rule, padded, padded >= 0), [[], [], []], [True] * 3
     for step in range(STEPS):
-        chosen, forced, state = enforced(rule, state, jnp.int32(step), jnp.asarray([row[step] for row in drawn], jnp.int32))
+        chosen, forced, state = enforced(
+            rule, most, state, jnp.int32(step), jnp.asarray([row[step] for row in drawn], jnp.int32)
+        )
         for row in range(3):
             if running[row]:
                 written[row].append(int(chosen[row]))

@@ -1,37 +1,51 @@
-"""Decode compiled for v5p, without a device: the cache is written in place."""
+"""Decode compiled for v5p, without a device: the cache is written in place, on one chip and on each of four."""
+
+import contextlib
+import math
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from qwen3_jax import Qwen3Config, Sampling, abstract_model, init_cache
+from qwen3_jax import Qwen3Config, Sampling, abstract_model, make_mesh
 from qwen3_jax.generation.loop import advance, make_settings, start
 
-ROWS, SLOTS = 16, 4096
+SLOTS = 4096
 
 
-def test_temporaries_are_a_small_part_of_the_cache():
+@pytest.mark.parametrize("wish, rows", [("", 16), ("fsdp=2,tensor=2", 32)])
+def test_temporaries_are_a_small_part_of_the_cache(wish, rows):
     """All of decode: sampling, the thinking budget, one position per row. With the cache as scan inputs they were 100 %."""
-    device = SingleDeviceSharding(topologies.get_topology_desc("v5p:2x2x1", "tpu").devices[0])
+    devices = topologies.get_topology_desc("v5p:2x2x1", "tpu").devices
+    mesh = make_mesh(wish, devices=devices) if wish else None
 
     def placed(tree, dtype=None):
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=device), tree)
+        """Shapes on the chips: laid out as they say, whole where they say nothing."""
 
-    model = placed(abstract_model(Qwen3Config.preset("qwen3-0.6b")), jnp.bfloat16)
-    settings = make_settings(model, ROWS, Sampling(), jax.random.key(0), (1,), None, None, 64)
-    prompts = jax.ShapeDtypeStruct((ROWS, 32), jnp.int32), jax.ShapeDtypeStruct((ROWS,), jnp.int32)
+        def one(leaf):
+            spec = getattr(getattr(leaf, "sharding", None), "spec", PartitionSpec())
+            home = SingleDeviceSharding(devices[0]) if mesh is None else NamedSharding(mesh, spec)
+            return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=home)
+
+        return jax.tree.map(one, tree)
+
+    model = placed(abstract_model(Qwen3Config.preset("qwen3-0.6b"), mesh), jnp.bfloat16)
+    settings = placed(make_settings(model, rows, Sampling(), jax.random.key(0), (1,), None, None, 64))
+    prompts = jax.ShapeDtypeStruct((rows, 32), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
 
     def begin(model, tokens, lengths, settings):
-        return start(model, None, tokens, lengths, init_cache(model, ROWS, SLOTS), settings, 64, 0, 1)
-
-    running = placed(jax.eval_shape(begin, model, *prompts, settings))
-    cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(running.out.cache))
+        return start(model, None, tokens, lengths, settings, capacity=SLOTS, slots=64)
 
     def decode(model, running, settings):
         return advance(model, None, running, settings, settings.limit)
 
-    memory = jax.jit(decode, donate_argnums=1).lower(model, running, placed(settings)).compile().memory_analysis()
-    assert memory is not None and cache > 7e9
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        running = placed(jax.eval_shape(begin, model, *prompts, settings))
+        memory = jax.jit(decode, donate_argnums=1).lower(model, running, settings).compile().memory_analysis()
+    shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in (running.out.cache.k, running.out.cache.v)]
+    cache = sum(2 * math.prod(shape) for shape in shapes)  # bytes on one chip
+    assert memory is not None and cache == (7516192768 if mesh is None else 3758096384)
     assert memory.alias_size_in_bytes > cache
     assert memory.temp_size_in_bytes < 0.15 * cache

@@ -11,7 +11,7 @@ import pytest
 
 from qwen3_jax import Sampling, ThinkingBudget, generate
 from qwen3_jax.generation import loop
-from qwen3_jax.generation.budget import budget_rule
+from qwen3_jax.generation.budget import budget_rule, budget_tokens
 from qwen3_jax.generation.sample import broadcast
 from tests.model.models import random_model, random_tokens
 
@@ -136,7 +136,8 @@ def test_numbers_of_other_kinds_are_taken():
         np.testing.assert_array_equal(out.tokens, wanted.tokens)
         np.testing.assert_array_equal(out.logprobs, wanted.logprobs)
     broadcast(Sampling(np.float64(0.5), np.int64(5), np.float32(0.5)), 2)
-    budget_rule(ThinkingBudget(np.int64(3), np.int32(3), jnp.asarray([4, 3]), np.asarray([], int)), 2, 96)
+    budget = ThinkingBudget(np.int64(3), np.int32(3), jnp.asarray([4, 3]), np.asarray([], int))
+    assert list(budget_tokens(budget, 2)) == [3, 3] and int(budget_rule(budget, 96).total) == 2
 
 
 def test_traced_numbers_in_sequences_are_taken():

@@ -131,8 +131,7 @@ def test_stop_tokens_end_their_row_and_the_loop():
         assert int(out.cache.lengths[row]) == 9 + end
 
     settings = loop.make_settings(model, 3, loop.GREEDY, None, [int(free[row, 2]) for row in range(3)], None, None, 12)
-    cache = loop.init_cache(model, 3, 32)
-    running = loop.start(model, None, tokens, jnp.full(3, 9), cache, settings, 16, 0, 1)
+    running = loop.start(model, None, tokens, jnp.full(3, 9), settings, capacity=32, slots=16)
     assert int(jax.jit(loop.advance)(model, None, running, settings, settings.limit).step) <= 3
 
 

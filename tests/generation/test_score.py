@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import qwen3_jax.generation.score as home
+import qwen3_jax.parallel.word_losses as home
 from qwen3_jax import score
 from tests.model.models import random_model, random_tokens
 
@@ -19,7 +19,7 @@ def expected(model, tokens, segments=None):
 
 @pytest.mark.parametrize("length", [1, 2, 16, 17, 40])
 def test_scores_are_the_log_probabilities_whatever_the_block(length, monkeypatch):
-    monkeypatch.setattr(home, "BLOCK", 16)
+    monkeypatch.setattr(home, "LOGITS", 16 * 96)
     jax.clear_caches()
     model, tokens = random_model("moe"), random_tokens(2, length)
     np.testing.assert_allclose(score(model, tokens), expected(model, tokens), atol=1e-5)
