@@ -3,6 +3,7 @@
 import signal
 import socket
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -100,7 +101,7 @@ def test_batches_of_one_process():
     mesh = make_mesh("data=2,fsdp=2,context=2")
     np.testing.assert_array_equal(process_rows(mesh, 8), np.arange(8))
     tokens = np.arange(8 * 6).reshape(8, 6)
-    placed = global_batch({"tokens": tokens}, mesh, 8)["tokens"]
+    placed: Any = global_batch({"tokens": tokens}, mesh, 8)["tokens"]
     np.testing.assert_array_equal(placed, tokens)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 6)}
     with pytest.raises(MeshError, match="6 rows over data=2 x fsdp=2 = 4 shards"):
