@@ -6,12 +6,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 300  # seconds, for machines that are busy
+PATIENCE = 1200  # seconds until a process that hangs is killed; busy machines take minutes to compile in four at a time
 
 
 class Process:
@@ -31,6 +32,9 @@ class Process:
             cwd=ROOT,
             env={**kept, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environ},
         )
+        self._limit = threading.Timer(PATIENCE, self._process.kill)
+        self._limit.daemon = True
+        self._limit.start()
         self.pid = self._process.pid
         self.printed: list[str] = []
 
@@ -59,7 +63,7 @@ class Process:
     def end(self) -> int:
         """Wait for its end; its exit code."""
         assert self._process.stdout is not None
-        code = self._process.wait(PATIENCE)
+        code = self._process.wait()
         self.printed += self._process.stdout.read().splitlines()
         return code
 
@@ -74,6 +78,7 @@ class Process:
 
     def close(self) -> None:
         """End it, however it is."""
+        self._limit.cancel()
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._file):

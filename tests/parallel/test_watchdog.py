@@ -112,7 +112,7 @@ def test_a_stopped_process_is_noticed_by_its_silence_and_ends_when_it_goes_on():
 
 
 def test_a_fork_does_not_keep_the_connection_of_the_dead():
-    with watched(2) as processes:
+    with watched(2, heartbeat=5) as processes:
         for process in processes:
             process.read_until("together")
         processes[1].tell("fork")

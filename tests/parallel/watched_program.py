@@ -33,7 +33,6 @@ def main() -> None:
             case "fork":
                 if os.fork() == 0:
                     sys.stdout.close()
-                    os.close(1)
                     os.close(2)
                     time.sleep(20)
                     os._exit(0)
