@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from qwen3_jax.generation.score import score as score
     from qwen3_jax.model.transformer import Qwen3 as Qwen3
     from qwen3_jax.parallel.abstract import abstract_model as abstract_model
+    from qwen3_jax.parallel.batches import global_batch as global_batch
+    from qwen3_jax.parallel.batches import process_rows as process_rows
     from qwen3_jax.parallel.mesh import make_mesh as make_mesh
+    from qwen3_jax.parallel.processes import initialize as initialize
     from qwen3_jax.training.losses import cross_entropy as cross_entropy
     from qwen3_jax.training.losses import load_balancing_loss as load_balancing_loss
     from qwen3_jax.training.optimizer import adamw as adamw
@@ -44,12 +47,15 @@ _HOMES = {
     "cross_entropy": "training.losses",
     "from_pretrained": "checkpoint.pretrained",
     "generate": "generation.loop",
+    "global_batch": "parallel.batches",
     "init_cache": "generation.cache",
     "init_train_state": "training.step",
+    "initialize": "parallel.processes",
     "load_balancing_loss": "training.losses",
     "load_tokenizer": "chat.tokenizer",
     "make_mesh": "parallel.mesh",
     "make_train_step": "training.step",
+    "process_rows": "parallel.batches",
     "save_pretrained": "checkpoint.pretrained",
     "score": "generation.score",
 }
