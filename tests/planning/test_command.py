@@ -67,7 +67,7 @@ def test_a_training_step_is_planned(folder, tmp_path):
         "working",
     )
     assert all(isinstance(best["bytes"][part], int) for part in parts)
-    shards = 4 * TINY.num_params() / 4
+    shards = 4 * TINY.num_params() / best["mesh"]["fsdp"]
     assert best["bytes"]["weights"] == pytest.approx(shards, rel=0.01)  # norms are whole on each device
     assert best["bytes"]["optimizer"] == pytest.approx(2 * shards, rel=0.01)
     assert best["bytes"]["arguments"] == pytest.approx(3 * shards, rel=0.05)
@@ -76,7 +76,8 @@ def test_a_training_step_is_planned(folder, tmp_path):
     assert 0 < best["mfu"] < 1 and best["assumptions"]
     for each in best["collectives"]:
         assert set(each) >= {"kind", "axes", "bytes", "count", "overlapped", "seconds", "network"}
-    assert "fsdp" in {axis for each in best["collectives"] for axis in each["axes"]}
+    split = {axis for axis, size in best["mesh"].items() if size > 1}
+    assert {axis for each in best["collectives"] for axis in each["axes"]} == split
     ElementTree.parse(tmp_path / "o.html")
     assert "tokens/s/chip" in done.stdout and "fits:" in done.stdout and "assumptions" in done.stdout
     assert "Failed to find host bounds" not in done.stderr
