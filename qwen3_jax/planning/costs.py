@@ -1,9 +1,10 @@
 """What one instruction of a compiled program costs: FLOPs of its matrix products, and bytes that it moves.
 
 FLOPs are those of dot, convolution (what a TPU's compiler makes of matrix products) and kernels; what the vector units do
-beside them is left out. Bytes are operands read and results written, padded to tiles as they lie in memory. A slice counts what it
-takes, an update in place what it writes, inside of fusions too: a loop over stacked layers would else count the whole stack in
-every round. Both follow the conventions of XLA's own HloCostAnalysis, which counts the body of a loop once.
+beside them is left out. Bytes are operands read and results written, padded to tiles as they lie in memory. A slice counts what
+it takes, an update in place what it writes, inside of fusions too: a loop over stacked layers would else count the whole stack
+in every round. Gathered rows count with the tiles that they lie in. These are the conventions of the compiler's own cost
+analysis, but that one tells no memory from another, counts the body of a loop once and a copy between memories four times.
 """
 
 import dataclasses

@@ -15,6 +15,7 @@ _ARRAY = re.compile(r"(\w+)\[([^\]]*)\](?:\{([^}]*)\})?")
 _TILE = re.compile(r"T\(([^)]*)\)")
 _MEMORY = re.compile(r"S\((\d+)\)")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_END = re.compile(r'\}(?:, execution_thread="[^"]*")?')
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -201,11 +202,13 @@ def parse(text: str) -> Module:
         if header and name is None:
             name, lines = header.group(2), []
             entry = name if header.group(1) else entry
-        elif name is not None and line.startswith("}"):
+        elif name is not None and _END.fullmatch(line):
             computations[name] = _computation(name, lines)
             name = None
-        elif name is not None and line.strip():
+        elif name is not None and _INSTRUCTION.match(line):
             lines.append(line)
+        elif name is not None and lines:
+            lines[-1] += line  # a kernel's metadata may have lines of its own
     if entry is None or entry not in computations:
         raise ValueError("the text of a compiled program has a computation that begins with ENTRY; this one has none")
     return Module(computations, computations[entry])

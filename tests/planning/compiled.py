@@ -15,11 +15,11 @@ from qwen3_jax.parallel.rules import RULES
 
 CONFIG = Qwen3Config(
     vocab_size=2048,
-    hidden_size=512,
-    intermediate_size=1024,
+    hidden_size=1024,
+    intermediate_size=3072,
     num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
     head_dim=128,
 )
 # Arrays stay in HBM: the compiler's own count tells no memory from another, and counts a copy between two of them four times.
@@ -64,7 +64,7 @@ def decoding() -> jax.stages.Lowered:
         return out.cache, jnp.argmax(out.logits[:, -1], axis=-1)
 
     with jax.set_mesh(pod()):
-        cache = placed(jax.eval_shape(lambda: init_cache(bare, 64, 512)))
+        cache = placed(jax.eval_shape(lambda: init_cache(bare, 64, 1024)))
         return jax.jit(decode, donate_argnums=0).lower(cache, model, tokens)
 
 
