@@ -127,13 +127,15 @@ def _cache(job: Job, cut: Shares) -> float:
 def device_traffic(job: Job, cut: Shares) -> tuple[Traffic, ...]:
     """What a device sends in a step.
 
-    A gather or scatter of an array of n bytes over p devices sends n (p - 1) / p, a reduction twice that.
-    fsdp: a layer's weights in bfloat16, gathered for the forward pass and again for the backward one; gradients scattered in
-    float32. data, and every axis that tokens are split over and a weight is not: float32 gradients reduced. tensor: t D in
-    bfloat16 reduced after attention and after the MLP, in each pass but that of the weights' gradients. expert: chunks of t
-    tokens go around the ring with their sums; forward p - 1 chunks and p sums, backward 2 (p - 1) and 2 p, of D in bfloat16.
-    context: keys and values gathered in each pass, their gradients scattered. Words: hidden states to the vocabulary's shards
-    over fsdp and back, (p - 1) t D, and their lookup.
+    A gather or scatter of an array of n bytes over p devices sends n (p - 1) / p, a reduction twice that. Only the ring of
+    experts is taken to run beside computation: compiled schedules show it so, and the others waited for.
+
+    - fsdp: a layer's weights in bfloat16, gathered for the forward pass and again for the backward one; gradients scattered
+      in float32; hidden states to the vocabulary's shards and back, (p - 1) t D, and their lookup.
+    - data, and every axis that tokens are split over and a weight is not: float32 gradients reduced.
+    - tensor: t D in bfloat16 reduced after attention and after the MLP, in each pass but that of the weights' gradients.
+    - expert: chunks of t tokens with their sums; forward p - 1 chunks and p sums, backward 2 (p - 1) and 2 p, of D in bfloat16.
+    - context: keys and values gathered in each pass, their gradients scattered.
 
     Args:
         job: the job.
@@ -157,12 +159,12 @@ def device_traffic(job: Job, cut: Shares) -> tuple[Traffic, ...]:
     def lost(axis: str) -> float:
         return (size[axis] - 1) / size[axis]
 
-    add("all-gather", ("fsdp",), again * HALF * fetched * lost("fsdp"), again * layers * 7, True, "weights")
+    add("all-gather", ("fsdp",), again * HALF * fetched * lost("fsdp"), again * layers * 7, False, "weights")
     if job.trains:
-        add("reduce-scatter", ("fsdp",), FLOAT * fetched * lost("fsdp"), layers * 7, True, "gradients")
+        add("reduce-scatter", ("fsdp",), FLOAT * fetched * lost("fsdp"), layers * 7, False, "gradients")
         for axis in ("data", "expert", "context"):
             split = held.total - (held.experts if axis == "expert" else 0)
-            add("all-reduce", (axis,), 2 * FLOAT * split * lost(axis), layers * 7, True, "gradients")
+            add("all-reduce", (axis,), 2 * FLOAT * split * lost(axis), layers * 7, False, "gradients")
     reduced = 2 * (passes(job) - 1 if job.trains else 1) * layers
     add("all-reduce", ("tensor",), 2 * HALF * reduced * t * d * lost("tensor"), reduced, False, "sums of heads and widths")
     ring = size["expert"]

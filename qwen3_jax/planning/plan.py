@@ -25,7 +25,7 @@ class Plan:
         job: the job.
         topology: the chips.
         efficiency: shares of the chip's figures that were taken to be reached.
-        considered: meshes that fit the divisibility rules.
+        considered: meshes that fit the divisibility rules; those that were named where some were.
         rows: those that were compiled, best first.
     """
 

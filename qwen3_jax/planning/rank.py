@@ -214,6 +214,11 @@ def assumptions(job: Job, topology: Topology, efficiency: Efficiency, row: Row) 
             f"{row.candidate.wish}: the compiled program counts {share:.0%} of the FLOPs that the model asks for, so products "
             "take the analytic model's"
         )
+    elif program is not None and program.flops > 1.5 * row.candidate.flops:
+        said.append(
+            f"{row.candidate.wish}: the compiled program counts {program.flops / row.candidate.flops:.1f} times the analytic "
+            "model's FLOPs: work that is not of the model, or a kernel that declares rows which it passes over"
+        )
     networks = {move.collective.axes: move.network for move in row.moves}
     said += [
         f"{row.candidate.wish}, over {' x '.join(axes) or 'groups not known, taken as all devices'}: {words}"

@@ -22,8 +22,14 @@ def milliseconds(value: float | None) -> str:
 
 
 def show_estimates(console: Console, best: list[Candidate], considered: int) -> None:
-    """Say what will be compiled, and what the analytic model says of it."""
-    console.print(f"{considered} meshes fit the divisibility rules; the analytic model would compile these:")
+    """Say what will be compiled, and what the analytic model says of it.
+
+    Args:
+        console: where to.
+        best: the candidates that will be compiled.
+        considered: how many there were, or were named.
+    """
+    console.print(f"{considered} meshes fit the divisibility rules, {len(best)} will be compiled")
     rows = [(each.wish, [f"{each.bytes / 1e9:.1f}", milliseconds(each.time.total)]) for each in best]
     _print(console, "analytic, before compiling", ("GB a device", "step ms"), rows)
 

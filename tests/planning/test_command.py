@@ -7,8 +7,11 @@ import sys
 from xml.etree import ElementTree
 
 import pytest
+from jax.sharding import AbstractMesh
 
 from qwen3_jax.cli.main import main
+from qwen3_jax.planning.job import Job
+from qwen3_jax.planning.shares import parameters, shares
 from qwen3_jax.planning.topology import COMPILE_ONLY
 from tests.planning.jobs import TINY
 
@@ -67,16 +70,19 @@ def test_a_training_step_is_planned(folder, tmp_path):
         "working",
     )
     assert all(isinstance(best["bytes"][part], int) for part in parts)
-    shards = 4 * TINY.num_params() / 4
-    assert best["bytes"]["weights"] == pytest.approx(shards, rel=0.01)  # norms are whole on each device
-    assert best["bytes"]["optimizer"] == pytest.approx(2 * shards, rel=0.01)
-    assert best["bytes"]["arguments"] == pytest.approx(3 * shards, rel=0.05)
+    mesh = AbstractMesh(tuple(best["mesh"].values()), tuple(best["mesh"]))
+    work = Job(TINY, "train", 8, 128)
+    weights = 4 * parameters(work, shares(work, mesh)).total
+    assert best["bytes"]["weights"] == weights
+    assert best["bytes"]["optimizer"] == pytest.approx(2 * weights, rel=1e-5)  # and two counters
+    assert best["bytes"]["arguments"] == pytest.approx(3 * weights, rel=0.05)
     # What the program does is what the model asks for and a forward pass more, and not much beside it.
     assert 0.9 < best["flops"] * 4 / content["model_flops"] < 2
     assert 0 < best["mfu"] < 1 and best["assumptions"]
     for each in best["collectives"]:
         assert set(each) >= {"kind", "axes", "bytes", "count", "overlapped", "seconds", "network"}
-    assert "fsdp" in {axis for each in best["collectives"] for axis in each["axes"]}
+    split = {axis for axis, size in best["mesh"].items() if size > 1}
+    assert {axis for each in best["collectives"] for axis in each["axes"]} == split
     ElementTree.parse(tmp_path / "o.html")
     assert "tokens/s/chip" in done.stdout and "fits:" in done.stdout and "assumptions" in done.stdout
     assert "Failed to find host bounds" not in done.stderr

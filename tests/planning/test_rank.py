@@ -70,8 +70,19 @@ def test_flops_that_a_program_does_not_declare_are_the_analytic_ones():
     share = 4 * 1e6 / record(plan)["model_flops"]
     assert any(line.startswith(f"fsdp=2,tensor=2: the compiled program counts {share:.0%} of the FLOPs") for line in said)
     assert not any(
-        "compiled program counts" in line for line in assumptions(plan.job, plan.topology, SURE, plan_of(outcome()).rows[0])
+        "that the model asks for" in line for line in assumptions(plan.job, plan.topology, SURE, plan_of(outcome()).rows[0])
     )
+
+
+def test_flops_far_beyond_the_model_s_are_pointed_at():
+    plan = plan_of(outcome())
+    row = plan.rows[0]
+    many = plan_of(outcome(flops=3 * row.candidate.flops)).rows[0]
+    assert any(
+        "counts 3.0 times the analytic model's FLOPs" in line for line in assumptions(plan.job, plan.topology, SURE, many)
+    )
+    few = plan_of(outcome(flops=1.4 * row.candidate.flops)).rows[0]
+    assert not any("times the analytic" in line for line in assumptions(plan.job, plan.topology, SURE, few))
 
 
 def test_what_overlaps_is_hidden_up_to_the_work_beside_it():
