@@ -1,4 +1,4 @@
-"""Functions that are traced only where a program is lowered for CUDA.
+"""What is left until it is needed: jax's own kernels, and functions that are traced only where a program is lowered for CUDA.
 
 `jax.lax.platform_dependent` traces its branches wherever a program is made. What asks while it is traced for the GPU at hand,
 or for cuDNN, would then fail on every other machine.
@@ -25,6 +25,16 @@ def _results(*args: Any, run: Callable[..., Any], like: tuple[jax.ShapeDtypeStru
 mlir.register_lowering(
     _traced_late, mlir.lower_fun(lambda *args, run, like: run(*args), multiple_results=True), platform="cuda"
 )
+
+
+def load_kernels() -> None:
+    """Import jax's own TPU kernels, a third of a second, before a program is traced that may use them.
+
+    Importing them adds a setting to what jax's caches are keyed by: a program whose first trace imports them is traced, and
+    compiled, a second time at its next call.
+    """
+    import jax.experimental.pallas.ops.tpu.megablox.gmm
+    import jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel  # noqa: F401
 
 
 def on_cuda(run: Callable[..., Any], like: Any) -> Callable[..., Any]:

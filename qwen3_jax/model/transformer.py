@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+import pallas_kernels
 from qwen3_jax.config import BlockKind, Qwen3Config
 from qwen3_jax.model.attention import Places
 from qwen3_jax.model.block import Block
@@ -103,6 +104,7 @@ class Qwen3(nnx.Module):
         Raises:
             MeshError: the model does not fit the mesh, with the arithmetic.
         """
+        pallas_kernels.load_kernels()
         self.config = config
         self.dtype = jnp.dtype(dtype)
         mesh = jax.sharding.get_abstract_mesh()

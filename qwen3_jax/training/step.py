@@ -102,8 +102,8 @@ class TrainStep:
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One step: the next state, and metrics. The state given is donated."""
-        with on_mesh_of(state.params) as mesh:
-            return self.jitted(state, batch, self.graph(mesh))
+        with on_mesh_of(state.params):
+            return self.jitted(state, batch, self.graph(mesh_of(state.params)))
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         """The step's program, to be compiled.
@@ -115,8 +115,8 @@ class TrainStep:
         Returns:
             What `.compile()` makes a program of.
         """
-        with on_mesh_of(state.params) as mesh:
-            return self.jitted.lower(state, batch, self.graph(mesh))
+        with on_mesh_of(state.params):
+            return self.jitted.lower(state, batch, self.graph(mesh_of(state.params)))
 
 
 @functools.cache

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental.pallas.ops.tpu import megablox  # noqa: F401  # as a step's first trace does, after which it traces anew
 
 import qwen3_jax
 from qwen3_jax import Batch, Qwen3, Qwen3Config, adamw, global_batch, init_train_state, make_train_step, process_rows
@@ -63,6 +62,7 @@ def main() -> None:
         read = jax.tree.map(lambda leaf: leaf[mine], batch(at))
         state, metrics = step(state, global_batch(read, mesh, ROWS))
         print("loss", *(float(metrics[name]) for name in ("loss", "balance_loss", "grad_norm")), flush=True)
+    assert step.jitted._cache_size() == 1  # compiled once: nothing that a first trace imports makes for a second
     print("trained", flush=True)
 
 
