@@ -126,3 +126,15 @@ def _operations(path: Path) -> dict[str, str]:
     """Jax's name of each instruction."""
     pattern = re.compile(r"\s*(?:ROOT )?%?(\S+) = .*?op_name=\"([^\"]*)\"")
     return {found[1]: found[2] for line in path.read_text().splitlines() if (found := pattern.match(line))}
+
+
+def program_text(path: Path) -> str:
+    """The optimised program of a dump, as text.
+
+    Args:
+        path: what `dumped` gave.
+
+    Returns:
+        XLA's HLO.
+    """
+    return Path(str(path).replace(_SUFFIX, "after_optimizations.txt")).read_text()

@@ -1,6 +1,6 @@
-"""Compile a model's training step, prefill or decode for a pod that is not here, and print what a chip would hold.
+r"""Compile a model's training step, prefill or decode for a pod that is not here, and print what a chip would hold.
 
-    .venv/bin/python tools/compile_for_pod.py qwen3-30b-a3b --topology v5p:2x2x4 --mesh expert=16 --batch 64 --seq 4096 \\
+    .venv/bin/python tools/compile_for_pod.py qwen3-30b-a3b --topology v5p:2x2x4 --mesh expert=16 --batch 64 --seq 4096 \
         --rule embed=fsdp+expert --rule vocab=fsdp+expert+tensor
 
 `--buffers 20` lists the largest arrays at the moment when memory is fullest, with where they come from; `--memory-only` ends
@@ -74,7 +74,6 @@ def _memory_of_child(given: argparse.Namespace) -> int:
                 time.sleep(0.3)
             if path is None:
                 return child.returncode or 0
-            time.sleep(1)  # the last file is being written
         finally:
             child.kill()
             child.wait()
@@ -152,7 +151,8 @@ def _show_buffers(memory: Memory, count: int) -> None:
     console.print(f"of them {memory.live / 1e9:.2f} GB in use at {memory.peak}", soft_wrap=True)
     if not count:
         return
-    table = Table("GB", "shape", "from", title="in use at the peak")
+    table = Table("GB", "shape", title="in use at the peak")
+    table.add_column("from", overflow="fold")
     for buffer in memory.buffers[:count]:
         table.add_row(f"{buffer.bytes / 1e9:.3f}", buffer.shape, buffer.operation)
     console.print(table)
