@@ -128,8 +128,8 @@ class Window:
         self.index, self.sizes, self.token = index, sizes, index // top_k
 
     def rows(self, x: Float[Array, "M D"]) -> Float[Array, "R D"]:
-        """Each row's token, 0 where there is no row."""
-        return x.at[self.token].get(mode="fill", fill_value=0)
+        """Each row's token; where there is no row any, which the grouped matmul neither reads nor counts."""
+        return x.at[self.token].get(mode="clip")
 
     def weights(self, routing: Float[Array, "M k"]) -> Float[Array, " R"]:
         """Each row's weight."""

@@ -13,7 +13,7 @@ from qwen3_jax.generation.cache import init_cache
 from qwen3_jax.model.cache import Cache
 from qwen3_jax.model.transformer import Qwen3
 from qwen3_jax.parallel.abstract import abstract_model
-from qwen3_jax.parallel.rules import RULES
+from qwen3_jax.parallel.rules import RULES, Rules
 from qwen3_jax.planning.job import Job
 from qwen3_jax.training.optimizer import adamw
 from qwen3_jax.training.step import Batch, TrainState, make_train_step
@@ -32,12 +32,13 @@ class Lowered:
     arguments: dict[str, int]
 
 
-def lowered(job: Job, mesh: Mesh) -> Lowered:
+def lowered(job: Job, mesh: Mesh, rules: Rules = RULES) -> Lowered:
     """A job's program on a mesh of compile-only devices.
 
     Args:
         job: the job.
         mesh: the mesh.
+        rules: which of its axes split what.
 
     Returns:
         The program, and its arguments' bytes.
@@ -45,32 +46,34 @@ def lowered(job: Job, mesh: Mesh) -> Lowered:
     Raises:
         MeshError: the model or the batch does not fit the mesh, with the arithmetic.
     """
-    return _training(job, mesh) if job.trains else _inference(job, mesh)
+    return _training(job, mesh, rules) if job.trains else _inference(job, mesh, rules)
 
 
-def _training(job: Job, mesh: Mesh) -> Lowered:
-    params = nnx.state(abstract_model(job.config, mesh), nnx.Param)
+def _training(job: Job, mesh: Mesh, rules: Rules) -> Lowered:
+    params = nnx.state(abstract_model(job.config, mesh, rules=rules), nnx.Param)
     optimizer = adamw(1e-4)
     with jax.set_mesh(mesh):
         opt_state = _on(mesh, jax.eval_shape(optimizer.init, params))
     state = TrainState(step=_array(mesh, (), jnp.int32), params=params, opt_state=opt_state)
     shape = (job.batch, job.seq)
     batch = Batch(
-        tokens=_rows(mesh, shape, jnp.int32), labels=_rows(mesh, shape, jnp.int32), mask=_rows(mesh, shape, jnp.float32)
+        tokens=_rows(mesh, rules, shape, jnp.int32),
+        labels=_rows(mesh, rules, shape, jnp.int32),
+        mask=_rows(mesh, rules, shape, jnp.float32),
     )
-    step = make_train_step(job.config, optimizer, remat=job.remat)
+    step = make_train_step(job.config, optimizer, remat=job.remat, rules=rules)
     sizes = {"weights": device_bytes(params), "optimizer": device_bytes(opt_state), "batch": device_bytes(batch)}
     return Lowered(step.lower(state, batch), sizes)
 
 
-def _inference(job: Job, mesh: Mesh) -> Lowered:
-    model = abstract_model(job.config, mesh, param_dtype=jnp.bfloat16)
+def _inference(job: Job, mesh: Mesh, rules: Rules) -> Lowered:
+    model = abstract_model(job.config, mesh, rules=rules, param_dtype=jnp.bfloat16)
     # A cache is made on the mesh that its model lies on, which cannot be set while shapes are traced: it is set here instead.
     bare = abstract_model(job.config, param_dtype=jnp.bfloat16)
     bare.rules = model.rules
     with jax.set_mesh(mesh):
         cache = _on(mesh, jax.eval_shape(lambda: init_cache(bare, job.batch, job.seq)))
-    tokens = _rows(mesh, (job.batch, 1 if job.mode == "decode" else job.seq), jnp.int32)
+    tokens = _rows(mesh, rules, (job.batch, 1 if job.mode == "decode" else job.seq), jnp.int32)
 
     def decode(cache: Cache, model: Qwen3, tokens: Any) -> tuple[Cache, Any]:
         out = model(tokens, cache=cache)
@@ -96,8 +99,8 @@ def _on(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(placed, tree)
 
 
-def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return _array(mesh, shape, dtype, RULES.spec("batch", None, mesh=mesh))
+def _rows(mesh: Mesh, rules: Rules, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return _array(mesh, shape, dtype, rules.spec("batch", None, mesh=mesh))
 
 
 def _array(mesh: Mesh, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec | None = None) -> jax.ShapeDtypeStruct:

@@ -1,0 +1,116 @@
+"""Training and decode compiled for real pods, which are not here: what a chip would hold and send, read from the program.
+
+The compiler's own process is ended once the program is optimised, scheduled, and its buffers placed; the rest, nine tenths of
+the time, is machine code, which tests/kernels makes of the kernels for every chip.
+"""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from qwen3_jax import Qwen3Config
+from tools.buffers import Memory, dumped, program_text, read_memory
+
+# Four layers, dense and MoE by turns: one scan of two. Widths are whole tiles, and tell the arrays of a program apart.
+CONFIG = Qwen3Config(
+    vocab_size=4000,
+    hidden_size=512,
+    intermediate_size=1280,
+    moe_intermediate_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    head_dim=128,
+    num_experts=16,
+    num_experts_per_tok=4,
+    decoder_sparse_step=2,
+    norm_topk_prob=True,
+)
+LENGTH, SLOTS = 1024, 4096
+STATE = 3 * 26 + 2  # parameters and two moments of each, and two counts of steps
+# topology, mesh, further options, the collectives that training must have, and MB that its temporaries stay under: 10 % more
+# than they were.
+EMBED = ("--rule=embed=fsdp+expert", "--rule=vocab=fsdp+expert+tensor")
+PODS = {
+    "v5e": ("v5e:2x4", "fsdp=2,context=2,tensor=2", (), ("all-gather", "all-reduce"), 400),
+    "v5p": ("v5p:2x2x1", "fsdp=2,expert=2", (*EMBED, "--transport=ring"), ("all-gather", "collective-permute"), 590),
+    "v6e": ("v6e:2x2", "data=2,tensor=2", (), ("all-reduce",), 480),
+    "tpu7x": ("tpu7x:2x2x1", "fsdp=4,expert=2", (), ("all-gather", "reduce-scatter"), 435),
+}
+
+
+DECODED = {"v5e": 16, "v5p": 32, "v6e": 16, "tpu7x": 64}  # rows of decode: eight a chip
+
+
+@functools.cache
+def placed(pod: str, mode: str) -> tuple[str, Memory]:
+    """The optimised program of one device, and its memory."""
+    topology, mesh, more, *_ = PODS[pod]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(CONFIG.to_hf()))
+        wish = ["--topology", topology, "--mesh", mesh, "--mode", mode, *more]
+        size = (
+            ["--batch", "16", "--seq", str(LENGTH)] if mode == "train" else ["--batch", str(DECODED[pod]), "--seq", str(SLOTS)]
+        )
+        with (folder / "log").open("wb") as log:
+            command = [sys.executable, "tools/compile_for_pod.py", name, *wish, *size, "--dump", name]
+            child = subprocess.Popen(command, stdout=log, stderr=log)
+            try:
+                while (path := dumped(folder)) is None and child.poll() is None:
+                    time.sleep(0.2)
+            finally:
+                child.kill()
+                child.wait()
+        assert path is not None, (folder / "log").read_text()[-2000:]
+        return program_text(path), read_memory(path)
+
+
+@pytest.mark.parametrize("pod", PODS)
+def test_training(pod):
+    text, memory = placed(pod, "train")
+    # The state is given away and written in place.
+    assert text.split("\n", 1)[0].count("may-alias") == STATE
+    *_, collectives, megabytes = PODS[pod]
+    assert memory.temporaries < megabytes * 1e6
+    for kind in collectives:
+        assert re.search(rf" {kind}(-start)?\(", text), kind
+    # Attention forward and backward, the experts' products and their gradients, and the cast of weights are kernels.
+    for kernel in ("splash", "jit\\(gmm\\)/pallas_call", "jit\\(tgmm\\)/pallas_call", "/cast/pallas_call"):
+        assert re.search(kernel, text), kernel
+
+
+@pytest.mark.parametrize("pod", PODS)
+def test_no_weight_of_all_layers_is_gathered_or_kept_in_another_dtype(pod):
+    """Each scanned stack has two repeats: of weights there are float32 arrays [2, ...], parameters, moments and gradients."""
+    text, _ = placed(pod, "train")
+    stacks = [line for line in text.splitlines() if re.search(r"= \(?\w+\[2,[\d,]+\].* all-gather(-start)?\(", line)]
+    assert not stacks
+    sizes = dict(part.split("=") for part in PODS[pod][1].split(","))
+    fsdp, expert, tensor = (int(sizes.get(axis, 1)) for axis in ("fsdp", "expert", "tensor"))
+    embed = 512 // (fsdp * expert if EMBED[0] in PODS[pod][2] else fsdp)
+    for shape in (
+        f"{16 // expert},{256 // tensor},{512 // fsdp}",  # experts' gate and up
+        f"{16 // expert},{512 // fsdp},{256 // tensor}",  # their down
+        f"{1280 // tensor},{embed}",  # and those of the dense layers
+        f"{embed},{1280 // tensor}",
+    ):
+        assert f"f32[2,{shape}]" in text
+        assert f"bf16[2,{shape}]" not in text
+
+
+@pytest.mark.parametrize("pod", PODS)
+def test_decode_writes_its_cache_in_place(pod):
+    text, memory = placed(pod, "decode")
+    assert text.split("\n", 1)[0].count("may-alias") >= 5
+    cache = 2 * 4 * 8 * (8 if "tensor" in PODS[pod][1] else 16) * SLOTS * 128 * 2
+    assert memory.arguments > cache
+    assert memory.temporaries < 0.15 * cache
+    assert re.search("jit\\(gmm\\)/pallas_call", text)
