@@ -2,18 +2,23 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from jax.sharding import PartitionSpec
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen3_jax import Batch, Qwen3, abstract_model, adamw, init_cache, init_train_state, make_mesh, make_train_step
+from qwen3_jax.parallel import word_losses
 from qwen3_jax.parallel.dispatch import Dispatch
 from qwen3_jax.parallel.rules import RULES, Rules
-from qwen3_jax.training.losses import load_balancing_loss, mean_loss
-from qwen3_jax.training.step import trained_model
+from qwen3_jax.training.losses import cross_entropy, load_balancing_loss, mean_loss
+from qwen3_jax.training.step import TrainState, trained_model
 from tests.model.models import CONFIGS, random_model
 
 ROWS, LENGTH = 8, 64  # 512 tokens
@@ -178,17 +183,52 @@ def test_a_cache_on_a_mesh():
         np.testing.assert_array_equal(out.cache.lengths, [12] * 4)
 
 
-def test_no_buffer_holds_the_logits_of_a_shard_s_tokens():
-    """The compiled step has neither [tokens of a shard, vocabulary] nor [tokens, vocabulary of a shard] beside a block's."""
-    from qwen3_jax.parallel import word_losses
+@pytest.mark.parametrize("wish", ["fsdp=2,expert=2,tensor=2", "data=2,context=2,tensor=2"])
+def test_no_buffer_holds_the_logits_of_a_shard_s_tokens(monkeypatch, wish):
+    """In a compiled training step whatever has the words, all or a shard's, has not the tokens of a shard."""
+    mesh, words = make_mesh(wish), 181
+    table = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    padded = -(-words // table) * table
+    monkeypatch.setattr(word_losses, "LOGITS", padded // table * 16)
+    config = dataclasses.replace(CONFIGS["moe"], vocab_size=words)
+    with jax.set_mesh(mesh):
+        params = nnx.state(abstract_model(config, mesh, dtype=jnp.float32), nnx.Param)
+        rows = NamedSharding(mesh, RULES.spec("batch", None, mesh=mesh))
+        tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=rows)
+        optimizer = optax.sgd(0.1)
+        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
+        step = make_train_step(config, optimizer, dtype=jnp.float32)
+        text = step.lower(state, Batch(tokens, tokens, tokens)).compile().as_text()
+    assert text is not None
+    of_a_shard = ROWS * LENGTH // 4
+    found = {tuple(map(int, sizes.split(","))) for sizes in re.findall(r"f32\[([\d,]+)\]", text)}
+    with_words = [sizes for sizes in found if {words, padded, padded // table} & set(sizes)]
+    others = {math.prod(sizes) // next(n for n in sizes if n in (words, padded, padded // table)) for sizes in with_words}
+    assert {16, config.hidden_size} <= others  # a block's logits, and the table's own width
+    assert max(others) < of_a_shard
 
-    table, hidden = jax.ShapeDtypeStruct((1000, 16), jnp.float32), jax.ShapeDtypeStruct((4, 64, 16), jnp.float32)
-    labels = jax.ShapeDtypeStruct((4, 64), jnp.int32)
 
-    def loss(table, hidden, labels):
-        losses, _ = word_losses.word_losses(table, hidden, labels, 1000, 32)
-        return losses.sum()
+def test_the_loss_equals_the_plain_one():
+    """Chunked and sharded beside a softmax over all words: losses to 1e-6, the derivatives of both inputs too."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    table, hidden = jax.random.normal(keys[0], (93, 16)), jax.random.normal(keys[1], (8, 6, 16))
+    labels = jax.random.randint(keys[2], (8, 6), 0, 93)
 
-    text = jax.jit(jax.grad(loss, (0, 1))).lower(table, hidden, labels).compile().as_text()
-    assert text is not None and "f32[32,1000]" in text
-    assert "[256,1000]" not in text and "[4,64,1000]" not in text
+    def plain(table, hidden):
+        return cross_entropy(jnp.einsum("btd,vd->btv", hidden, table[:93]), labels, z_loss=0.1)
+
+    def chunked(table, hidden):
+        return mean_loss(*word_losses.word_losses(table, hidden, labels, 93, 5), labels, z_loss=0.1)
+
+    wanted, wanted_gradients = jax.value_and_grad(plain, (0, 1))(table, hidden)
+    mesh = make_mesh("fsdp=4,tensor=2")
+    with jax.set_mesh(mesh):
+        split = jax.device_put(jnp.pad(table, ((0, 3), (0, 0))), NamedSharding(mesh, RULES.spec("vocab", None, mesh=mesh)))
+        rows = jax.device_put(hidden, NamedSharding(mesh, RULES.spec("batch", "seq", None, mesh=mesh)))
+        labels = jax.device_put(labels, NamedSharding(mesh, RULES.spec("batch", "seq", mesh=mesh)))
+        found, gradients = jax.jit(jax.value_and_grad(chunked, (0, 1)))(split, rows)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    gradients = jax.tree.map(np.asarray, gradients)
+    np.testing.assert_allclose(gradients[0][:93], wanted_gradients[0], rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(gradients[0][93:], 0)
+    np.testing.assert_allclose(gradients[1], wanted_gradients[1], rtol=0, atol=1e-6)
