@@ -172,7 +172,7 @@ def transport_seconds(work: Work, speeds: Speeds) -> dict[str, float]:
     rows = tokens * work.top_k
     hop = tokens * (token + back) / (2 * speeds.link) + HOP
     step = products(rows / n)
-    costs: dict[str, float] = {"ring": (n - 1) * max(step, hop) + step + hop}
+    costs: dict[str, float] = {"ring": n * max(step, hop) + hop}
     if speeds.ragged:
         busiest = tokens * share_sent(work) * n**2 / 8
         costs["all_to_all"] = products(rows) + busiest * (token + back) / speeds.link + 2 * n * HOP

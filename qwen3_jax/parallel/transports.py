@@ -52,21 +52,16 @@ def ring(axes: tuple[str, ...], shards: int, visit: Visit, chunk: Any, state: An
     def joined(parts: tuple[Any, ...]) -> Any:
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
-    def visited(state: Any, parts: tuple[Any, ...], so_far: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-        state, more = visit(state, joined(parts))
-        return state, jax.tree.map(jnp.add, so_far, halves(more))
-
     def step(carry: tuple[Any, Any, Any], _: None) -> tuple[tuple[Any, Any, Any], None]:
         parts, sums, state = carry
         # Neither waits for this step's work, so both are on their way while it is done.
         following, so_far = passed_on(parts), passed_on(sums)
-        state, sums = visited(state, parts, so_far)
-        return (following, sums, state), None
+        state, more = visit(state, joined(parts))
+        return (following, jax.tree.map(jnp.add, so_far, halves(more)), state), None
 
-    # The first hop carries zeros: a round of its own before the loop would compile all of the work twice more.
+    # The first hop carries zeros, the last one chunks that are home: steps of their own would compile all of the work again.
     sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(visit, state, chunk)[1])
-    (parts, sums, state), _ = jax.lax.scan(step, (halves(chunk), halves(sums), state), None, length=shards - 1)
-    state, sums = visited(state, parts, passed_on(sums))  # the last: nothing follows
+    (_, sums, state), _ = jax.lax.scan(step, (halves(chunk), halves(sums), state), None, length=shards)
     return joined(passed_on(sums)), state
 
 

@@ -41,8 +41,8 @@ def test_the_ring_s_seconds_by_hand():
     seconds = transport_seconds(LAYER, V5P)["ring"]
     step = 6 * 16384 * 2048 * 768 / 459e12  # a shard's eighth of 8 rows a token, flops for each of three matrices twice
     hop = 16384 * (2 * 2048 * 2 + 8 * 8) / 2 / 100e9 + 1e-6
-    assert hop > step  # so each of seven steps takes a hop, and the last one's sums a hop more
-    assert seconds == pytest.approx(7 * hop + step + hop)
+    assert hop > step  # so each of eight steps takes a hop, and the way home of the sums one more
+    assert seconds == pytest.approx(9 * hop)
 
 
 @given(
