@@ -116,6 +116,8 @@ def _compile(given: argparse.Namespace, folder: Path | None, start: float) -> in
     end = time.perf_counter()
 
     memory = compiled.memory_analysis()
+    if memory is None:
+        raise RuntimeError("this compiler does not say how much memory a program takes")
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
