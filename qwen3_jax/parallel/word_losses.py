@@ -141,6 +141,7 @@ def _blocks(axes: Axes, weight: Any, block: int | None, *arrays: Any) -> tuple[A
     mesh = jax.sharding.get_abstract_mesh()
     together = math.prod(mesh.shape[axis] for axis in axes[1])
     size = min(block or max(1, LOGITS // (weight.shape[0] * together)), count)
+    size -= size % 128 if size >= 128 else 0  # whole tiles
     number = -(-count // size)
 
     def cut(x: Any) -> Any:
