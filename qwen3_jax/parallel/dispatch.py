@@ -28,7 +28,7 @@ class Dispatch:
     """
 
     transport: str = "auto"
-    slack: float = 1.5
+    slack: float = 1.25
     rounds: int | None = None
 
     def __post_init__(self) -> None:

@@ -16,6 +16,8 @@ import pallas_kernels
 
 Weights = tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]  # gate, up [E, F, D], down [E, D, F]
 
+PIECE = 2048  # rows that are widened at a time, at least
+
 
 def local_experts(
     weights: Weights,
@@ -68,8 +70,7 @@ def visit(
 
     def one(window: Window, total: Any) -> Any:
         out = _products(weights, window.rows(x), window.sizes, layer)
-        weight = window.weights(routing).astype(x.dtype).astype(total.dtype)
-        return window.added(total, out.astype(total.dtype) * weight[:, None])
+        return window.added(total, out, window.weights(routing).astype(x.dtype))
 
     total = jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
     total, done = _windows(ids, weights[0].shape[-3], capacity, rounds, one, total)
@@ -135,9 +136,25 @@ class Window:
         """Each row's weight."""
         return routing.reshape(-1).at[self.index].get(mode="fill", fill_value=0)
 
-    def added(self, total: Float[Array, "M D"], rows: Float[Array, "R D"]) -> Float[Array, "M D"]:
-        """Sums over tokens with each row's part added."""
-        return total.at[self.token].add(rows.astype(total.dtype), mode="drop")
+    def added(
+        self, total: Float[Array, "M D"], rows: Float[Array, "R D"], weights: Float[Array, " R"] | None = None
+    ) -> Float[Array, "M D"]:
+        """Sums over tokens with each row's part added, times a weight of its own if there is one.
+
+        A piece of the rows at a time: widened to the sums' dtype all at once they would be one of a layer's largest arrays.
+        """
+        pieces = next(n for n in (8, 4, 2, 1) if rows.shape[0] % n == 0) if rows.shape[0] > PIECE else 1
+        size = rows.shape[0] // pieces
+
+        def add(piece: Any, total: Any) -> Any:
+            def part(x: Any) -> Any:
+                return jax.lax.dynamic_slice_in_dim(x, piece * size, size)
+
+            wide = part(rows).astype(total.dtype)
+            wide = wide if weights is None else wide * part(weights).astype(total.dtype)[:, None]
+            return total.at[part(self.token)].add(wide, mode="drop")
+
+        return jax.lax.fori_loop(0, pieces, add, total)
 
     def added_weights(self, total: Float[Array, "M k"], weights: Float[Array, " R"]) -> Float[Array, "M k"]:
         """Sums over tokens' weights with each row's part added."""

@@ -15,6 +15,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen3_jax import make_mesh
+from qwen3_jax.parallel import expert_rows
 from qwen3_jax.parallel.dispatch import TRANSPORTS, Dispatch
 from qwen3_jax.parallel.experts import AXES, apply_experts
 from qwen3_jax.parallel.rules import RULES, use_rules
@@ -73,6 +74,16 @@ def test_nothing_is_dropped_however_experts_are_chosen(transport, skew, seed):
     found, dropped, gradients = on_mesh(make_mesh("data=2,expert=4"), Dispatch(transport, slack=0.2), ids)
     wanted, none, wanted_gradients = run(Dispatch(), weights(), *tokens(), ids)
     assert dropped == none == 0
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted_gradients), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * float(jnp.abs(other).max()))
+
+
+def test_rows_are_added_piece_by_piece(monkeypatch):
+    monkeypatch.setattr(expert_rows, "PIECE", 16)
+    ids = chosen(0.5, 7)
+    found, _, gradients = on_mesh(make_mesh("data=2,expert=4"), Dispatch("gather", slack=0.75), ids)
+    wanted, _, wanted_gradients = run(Dispatch(), weights(), *tokens(), ids)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
     for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted_gradients), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * float(jnp.abs(other).max()))
