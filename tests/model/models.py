@@ -25,18 +25,19 @@ CONFIGS = {
     "tied": Qwen3Config(**SHAPE, tie_word_embeddings=True),
     "moe": Qwen3Config(**SHAPE, **EXPERTS),
     "alternating": Qwen3Config(**SHAPE, **EXPERTS, decoder_sparse_step=2),
-    # A vocabulary that no mesh divides.
-    "odd": Qwen3Config(**{**SHAPE, "vocab_size": 93, "num_attention_heads": 8}, **EXPERTS),
     "mixed": Qwen3Config(**SHAPE, **EXPERTS, mlp_only_layers=(1,)),
     "sliding": Qwen3Config(**SHAPE, use_sliding_window=True, sliding_window=7, max_window_layers=2),
     "bias": Qwen3Config(**SHAPE, attention_bias=True),
 }
 
+# For meshes: a vocabulary that none divides, and heads for eight shards.
+ODD = Qwen3Config(**{**SHAPE, "vocab_size": 93, "num_attention_heads": 8}, **EXPERTS)
+
 
 @functools.cache
 def random_model(name: str, seed: int = 0) -> Qwen3:
     """A float32 model of that config, norms and biases random too."""
-    model = jax.jit(lambda: Qwen3(CONFIGS[name], rngs=nnx.Rngs(seed), dtype=jnp.float32))()
+    model = jax.jit(lambda: Qwen3(ODD if name == "odd" else CONFIGS[name], rngs=nnx.Rngs(seed), dtype=jnp.float32))()
     leaves, tree = jax.tree.flatten(model)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     return jax.tree.unflatten(
