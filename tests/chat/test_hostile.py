@@ -186,9 +186,12 @@ def test_the_bounds_of_a_short_conversation_are_not_the_next_one_s(monkeypatch):
 
 
 def test_an_interrupt_ends_a_rendering_and_leaves_nothing_behind():
+    main = threading.main_thread().ident
+    assert main is not None
+
     def interrupt():
         time.sleep(0.5)
-        signal.raise_signal(signal.SIGINT)
+        signal.pthread_kill(main, signal.SIGINT)  # a signal that another thread takes would not end the main one's wait
 
     thread = threading.Thread(target=interrupt)
     thread.start()

@@ -168,11 +168,16 @@ def test_strangers_doubles_and_other_counts_do_not_disturb():
     with stranger:
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
         assert stranger.recv(100) == b""
-    (double,) = ends([Caller(Place("test", 3, 1, place), 30.0)])
-    assert "called, and so had process 1 of 3" in double
+    # Two call as process 1: whichever is the later one is turned away.
+    pair, deadline = [first.pop(), Caller(Place("test", 3, 1, place), 60.0)], time.monotonic() + 30
+    while all(caller.is_alive() for caller in pair) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (double,) = [caller for caller in pair if not caller.is_alive()]
+    pair.remove(double)
+    assert "called, and so had process 1 of 3" in double.end
     (other,) = ends([Caller(Place("test", 4, 2, place), 30.0)])
     assert "called process 0 of 3: the number of processes differs" in other
-    assert ends([Caller(Place("test", 3, 2, place), 30.0), *first]) == ["", "", ""]
+    assert ends([Caller(Place("test", 3, 2, place), 30.0), *first, *pair]) == ["", "", ""]
 
 
 def test_a_port_that_is_taken():
