@@ -16,7 +16,7 @@ import pallas_kernels
 
 Weights = tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]  # gate, up [E, F, D], down [E, D, F]
 
-PIECE = 2048  # rows that are widened at a time, at least
+WIDENED = 2**26  # bytes of rows that may be widened at once: 64 MiB
 
 
 def local_experts(
@@ -141,9 +141,11 @@ class Window:
     ) -> Float[Array, "M D"]:
         """Sums over tokens with each row's part added, times a weight of its own if there is one.
 
-        A piece of the rows at a time: widened to the sums' dtype all at once they would be one of a layer's largest arrays.
+        Many rows go in eight pieces: widened to the sums' dtype at once they would be one of a
+        layer's largest arrays. Few stay out of a loop, whose operands the TPU compiler keeps in HBM.
         """
-        pieces = next(n for n in (8, 4, 2, 1) if rows.shape[0] % n == 0) if rows.shape[0] > PIECE else 1
+        many = rows.size * total.dtype.itemsize > WIDENED and rows.shape[0] % 8 == 0
+        pieces = 8 if many else 1
         size = rows.shape[0] // pieces
 
         def add(piece: Any, total: Any) -> Any:

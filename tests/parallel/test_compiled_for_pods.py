@@ -41,7 +41,7 @@ EMBED = ("--rule=embed=fsdp+expert", "--rule=vocab=fsdp+expert+tensor")
 PODS = {
     "v5e": ("v5e:2x4", "fsdp=2,context=2,tensor=2", (), ("all-gather", "all-reduce"), 400),
     "v5p": ("v5p:2x2x1", "fsdp=2,expert=2", (*EMBED, "--transport=ring"), ("all-gather", "collective-permute"), 590),
-    "v6e": ("v6e:2x2", "data=2,tensor=2", (), ("all-reduce",), 590),
+    "v6e": ("v6e:2x2", "data=2,tensor=2", (), ("all-reduce",), 480),
     "tpu7x": ("tpu7x:2x2x1", "fsdp=4,expert=2", (), ("all-gather", "reduce-scatter"), 435),
 }
 

@@ -80,7 +80,7 @@ def test_nothing_is_dropped_however_experts_are_chosen(transport, skew, seed):
 
 
 def test_rows_are_added_piece_by_piece(monkeypatch):
-    monkeypatch.setattr(expert_rows, "PIECE", 16)
+    monkeypatch.setattr(expert_rows, "WIDENED", 0)
     ids = chosen(0.5, 7)
     found, _, gradients = on_mesh(make_mesh("data=2,expert=4"), Dispatch("gather", slack=0.75), ids)
     wanted, _, wanted_gradients = run(Dispatch(), weights(), *tokens(), ids)
