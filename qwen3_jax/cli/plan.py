@@ -29,6 +29,8 @@ class Options:
     """What is done with the model."""
     mesh: tuple[str, ...] = ()
     """Meshes to compile, "fsdp=8,expert=2", in place of the most promising ones."""
+    rule: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A row of the rules, embed=fsdp+expert, in place of one of the mode's own table; may be given several times."""
     slices: int = 1
     """Groups of such chips, joined by a slower network, which `data` runs across."""
     top: int = 4
@@ -95,6 +97,7 @@ def main(argv: Sequence[str]) -> int:
             job,
             topology,
             meshes=options.mesh,
+            rows=options.rule,
             top=options.top,
             workers=options.workers,
             time_limit=options.time_limit,

@@ -12,7 +12,7 @@ import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from qwen3_jax.parallel.dispatch import Dispatch
 from qwen3_jax.parallel.mesh import AXES, MeshError
 
 WHOLE = ("layers", "head_dim", "router", "norm")  # logical axes that are never split
-MeshAxes = str | tuple[str, ...] | None
+MeshAxes = str | tuple[str, ...] | list[str] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,26 @@ class Rules:
                     raise MeshError(f"rule {name} -> {part!r}: no such mesh axis; accepted are {', '.join(AXES)}")
             table[name] = parts
         return dataclasses.replace(self, rows=tuple(table.items()))
+
+    def replace_words(self, rows: Iterable[str]) -> Rules:
+        """These rules with rows as a command line gives them.
+
+        Args:
+            rows: each "LOGICAL=AXIS+AXIS"; nothing behind the sign is an axis that is never split.
+
+        Returns:
+            The new table.
+
+        Raises:
+            MeshError: a row that is none, and as `replace`.
+        """
+        table: dict[str, MeshAxes] = {}
+        for row in rows:
+            name, sign, axes = row.partition("=")
+            if not sign:
+                raise MeshError(f"rule {row!r}: accepted is LOGICAL=AXIS+AXIS, as embed=fsdp+expert")
+            table[name] = tuple(axes.split("+")) if axes else None
+        return self.replace(**table)
 
     def axes(self, name: str | None, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
         """The mesh axes that a logical axis is split over; those that the mesh lacks are left out.
@@ -131,6 +151,10 @@ RULES = Rules(
         ("seq", ("context",)),
     )
 )
+
+# For training: dense weights and words are split over `expert` too. What a step gathers and scatters of them is what it would
+# sum in gradients, and a chip holds less. Decode reads its weights for each token: gathering them would take all the time.
+TRAIN_RULES = RULES.replace(embed=("fsdp", "expert"), vocab=("fsdp", "expert", "tensor"))
 
 _active: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=RULES)
 

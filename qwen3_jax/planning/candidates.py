@@ -1,13 +1,13 @@
-"""Which meshes there are for a job, and which of them the analytic model finds worth compiling."""
+"""Which meshes there are for a job, under which rules, and which of them the analytic model finds worth compiling."""
 
 import dataclasses
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
 
 from qwen3_jax.parallel.mesh import AXES, MeshError, make_mesh
+from qwen3_jax.parallel.rules import RULES, TRAIN_RULES, WHOLE, Rules
 from qwen3_jax.planning.efficiency import Efficiency
 from qwen3_jax.planning.estimate import Traffic, device_flops, device_hbm_bytes, device_memory, device_traffic
 from qwen3_jax.planning.job import Job, PlanError
@@ -16,6 +16,45 @@ from qwen3_jax.planning.roofline import StepTime, step_time
 from qwen3_jax.planning.shares import shares
 from qwen3_jax.planning.topology import Topology
 
+NEAR = 1.05  # times that the analytic model does not tell from each other
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A table of rules by the name that a plan says.
+
+    Attributes:
+        name: "train" or "default" for the library's own tables, else the rows that were given.
+        rules: the table.
+    """
+
+    name: str
+    rules: Rules
+
+    @property
+    def rows(self) -> dict[str, tuple[str, ...]]:
+        """Logical axis -> mesh axes, those that are never split left out: `RULES.replace(**rows)` is the table again."""
+        return {name: axes for name, axes in self.rules.rows if name not in WHOLE}
+
+
+def tables(job: Job, rows: Sequence[str] = ()) -> list[Named]:
+    """The tables that a job is tried with.
+
+    Args:
+        job: the job.
+        rows: as `Rules.replace_words` reads them, in place of rows of the mode's own table.
+
+    Returns:
+        The mode's own table, TRAIN_RULES where there are gradients, with the rows given; without any, in training RULES too.
+
+    Raises:
+        MeshError: a row that is none.
+    """
+    own = Named("train", TRAIN_RULES) if job.trains else Named("default", RULES)
+    if rows:
+        return [Named(" ".join(rows), own.rules.replace_words(rows))]
+    return [own, Named("default", RULES)] if job.trains else [own]
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
@@ -23,6 +62,9 @@ class Candidate:
 
     Attributes:
         sizes: mesh axis -> size, all five.
+        rules: the table.
+        transport: how tokens travel to experts; None where they do not.
+        filled: share of the rows of the experts' buffers that evenly used experts fill.
         links: its axes on the chips' network.
         flops: of one device.
         hbm_bytes: of one device.
@@ -32,6 +74,9 @@ class Candidate:
     """
 
     sizes: dict[str, int]
+    rules: Named
+    transport: str | None
+    filled: float
     links: Links
     flops: float
     hbm_bytes: float
@@ -50,7 +95,7 @@ class Candidate:
         return ",".join(f"{axis}={size}" for axis, size in self.sizes.items() if size > 1) or "data=1"
 
 
-def mesh_sizes(job: Job, devices: int, slices: int = 1) -> tuple[list[dict[str, int]], MeshError | None]:
+def mesh_sizes(job: Job, devices: int, slices: int = 1, rules: Rules = RULES) -> tuple[list[dict[str, int]], MeshError | None]:
     """Every mesh of so many devices that fits a job.
 
     Axes that the job has no use for stay 1: expert in a dense model, context where a cache keeps sequences whole.
@@ -59,6 +104,7 @@ def mesh_sizes(job: Job, devices: int, slices: int = 1) -> tuple[list[dict[str, 
         job: the job.
         devices: how many there are.
         slices: groups that a slower network joins; data is a multiple of them.
+        rules: which axes split what.
 
     Returns:
         Sizes by axis; and why the last mesh that does not fit was refused, None where all fit.
@@ -71,7 +117,7 @@ def mesh_sizes(job: Job, devices: int, slices: int = 1) -> tuple[list[dict[str, 
         if sizes["data"] % slices or any(sizes[axis] > 1 for axis in idle):
             continue
         try:
-            shares(job, AbstractMesh(factors, AXES))
+            shares(job, AbstractMesh(factors, AXES), rules)
         except MeshError as error:
             refused = error
             continue
@@ -90,7 +136,7 @@ def _factorings(number: int, parts: int) -> Iterator[tuple[int, ...]]:
                 yield (first, *rest)
 
 
-def estimated(job: Job, mesh: Mesh, topology: Topology, efficiency: Efficiency) -> Candidate:
+def estimated(job: Job, mesh: Mesh, topology: Topology, efficiency: Efficiency, rules: Named) -> Candidate:
     """A mesh with what the analytic model says of it.
 
     Args:
@@ -98,6 +144,7 @@ def estimated(job: Job, mesh: Mesh, topology: Topology, efficiency: Efficiency) 
         mesh: of the topology's devices.
         topology: the chips.
         efficiency: shares of the chip's figures that are reached.
+        rules: which axes split what.
 
     Returns:
         The candidate.
@@ -105,20 +152,31 @@ def estimated(job: Job, mesh: Mesh, topology: Topology, efficiency: Efficiency) 
     Raises:
         MeshError: the job does not fit the mesh, with the arithmetic.
     """
-    cut, links, chip = shares(job, mesh), Links(mesh, topology), topology.chip
+    cut, links, chip = shares(job, mesh, rules.rules), Links(mesh, topology), topology.chip
     flops, hbm_bytes, traffic = device_flops(job, cut), device_hbm_bytes(job, cut), device_traffic(job, cut)
-    moves = [
-        (links.route(part.axes).seconds(part.kind, part.bytes, part.count, chip.hop_seconds, efficiency.links), part.overlapped)
-        for part in traffic
-    ]
-    time = step_time(flops, hbm_bytes, moves, chip, efficiency)
-    return Candidate(dict(mesh.shape), links, flops, hbm_bytes, traffic, device_memory(job, cut), time)
+
+    def seconds(part: Traffic) -> float:
+        route = links.route(part.axes)
+        return route.seconds(part.kind, part.bytes, part.count, chip.hop_seconds, efficiency.links, part.ways)
+
+    time = step_time(flops, hbm_bytes, [(seconds(part), part.overlapped) for part in traffic], chip, efficiency)
+    transport = cut.choice.transport if cut.choice is not None else None
+    memory = device_memory(job, cut)
+    return Candidate(dict(mesh.shape), rules, transport, cut.filled(job), links, flops, hbm_bytes, traffic, memory, time)
 
 
 def candidates(
-    job: Job, topology: Topology, devices: Sequence[Any], efficiency: Efficiency, wishes: Sequence[str] = ()
+    job: Job,
+    topology: Topology,
+    devices: Sequence[Any],
+    efficiency: Efficiency,
+    wishes: Sequence[str] = (),
+    rows: Sequence[str] = (),
 ) -> list[Candidate]:
     """All candidates, the most promising first: those that should fit by their predicted time, then the rest by their bytes.
+
+    Each mesh is there once, with whichever table of rules promises more: of those that fit and take no more than NEAR times
+    what the fastest takes, the one of the fewest bytes.
 
     Args:
         job: the job.
@@ -126,28 +184,41 @@ def candidates(
         devices: its devices.
         efficiency: shares of the chip's figures that are reached.
         wishes: meshes to look at in place of all, as `make_mesh` reads them.
+        rows: of the rules (`tables`).
 
     Returns:
         The candidates.
 
     Raises:
-        MeshError: a wish that cannot be.
+        MeshError: a wish that cannot be, a row that is none.
         PlanError: no mesh fits.
     """
+    known, hbm = tables(job, rows), topology.chip.hbm
 
-    def made(wish: str) -> Candidate:
-        return estimated(job, make_mesh(wish, slices=topology.slices, devices=devices), topology, efficiency)
+    def promise(each: Candidate) -> tuple[bool, float]:
+        return each.bytes > hbm, each.time.total if each.bytes <= hbm else each.bytes
+
+    def best(wish: str, fitting: Iterable[Named]) -> Candidate:
+        mesh = make_mesh(wish, slices=topology.slices, devices=devices)
+        under = [estimated(job, mesh, topology, efficiency, rules) for rules in fitting]
+        near = NEAR * min(under, key=promise).time.total
+        return min(under, key=lambda each: (each.bytes > hbm, each.time.total > near, each.bytes))
 
     if wishes:
-        found = [made(wish) for wish in wishes]
+        found = [best(wish, known) for wish in wishes]
     else:
-        sizes, refused = mesh_sizes(job, len(devices), topology.slices)
-        if not sizes:
+        fitting: dict[str, list[Named]] = {}
+        refused = None
+        for rules in known:
+            sizes, why = mesh_sizes(job, len(devices), topology.slices, rules.rules)
+            refused = refused or why
+            for each in sizes:
+                fitting.setdefault(",".join(f"{axis}={size}" for axis, size in each.items()), []).append(rules)
+        if not fitting:
             why = f"; of the last one tried: {refused}" if refused else ""
             raise PlanError(
                 f"no mesh of {len(devices)} devices fits {job.batch} rows of {job.seq} tokens in {job.mode}: accepted is "
                 f"a batch and a topology that share more factors{why}"
             )
-        found = [made(",".join(f"{axis}={size}" for axis, size in each.items())) for each in sizes]
-    hbm = topology.chip.hbm
-    return sorted(found, key=lambda each: (each.bytes > hbm, each.time.total if each.bytes <= hbm else each.bytes, math.inf))
+        found = [best(wish, rules) for wish, rules in fitting.items()]
+    return sorted(found, key=promise)

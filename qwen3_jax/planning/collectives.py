@@ -23,12 +23,14 @@ class Transfer:
             the text names them in a form that is not known.
         sent: bytes that a chip sends over links.
         overlapped: work is scheduled between its start and its end.
+        way: of a collective-permute who sends to whom: sender and receiver by turns.
     """
 
     kind: str
     groups: Groups | None
     sent: float
     overlapped: bool
+    way: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,8 @@ def transfers(module: Module, computation: Computation, instruction: Instruction
     share = (n - 1) / n
     sent = size * {"all-gather": n - 1, "all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
     overlapped = instruction.opcode.endswith("-start") and bool(_between(module, computation, instruction))
-    return [Transfer(kind, groups, sent, overlapped)]
+    way = instruction.numbers("source_target_pairs") if kind == "collective-permute" else ()
+    return [Transfer(kind, groups, sent, overlapped, tuple(way))]
 
 
 def _keeps_a_slice(computation: Computation, instruction: Instruction) -> bool:

@@ -96,6 +96,7 @@ def _request(job: Job, topology: Topology, candidate: Candidate) -> dict:
         "topology": topology.name,
         "slices": topology.slices,
         "mesh": candidate.wish,
+        "rules": candidate.rules.rows,
     }
 
 

@@ -7,6 +7,7 @@ FLOPs and its backward pass twice that. With remat a layer's forward pass is mad
 again by themselves.
 """
 
+import collections
 import dataclasses
 
 from qwen3_jax.parallel.word_losses import LOGITS
@@ -14,6 +15,7 @@ from qwen3_jax.planning.job import Job
 from qwen3_jax.planning.shares import Shares, parameters
 
 FLOAT, HALF = 4, 2  # bytes
+ARRAYS = {"attention": 4, "dense": 3, "experts": 3, "router": 1, "norms": 4, "words": 1}  # of a layer, by kind of parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Traffic:
         count: executions.
         overlapped: taken to run beside computation.
         what: the arrays.
+        ways: directions that share the bytes and run at the same time: 2 of a ring whose halves go around both ways.
     """
 
     kind: str
@@ -35,6 +38,7 @@ class Traffic:
     count: int
     overlapped: bool
     what: str
+    ways: int = 1
 
 
 def seen(job: Job) -> float:
@@ -74,15 +78,17 @@ def device_flops(job: Job, cut: Shares) -> float:
     attention = 4 * d * h * (heads + keys) + 4 * seen(job) * h * heads
     layers = sum(attention + per_token[kind.mlp] for kind in config.block_kinds())
     headed = job.batch / cut.batch if job.mode == "prefill" else t
-    head = 2 * headed * d * config.vocab_size / cut.sizes["tensor"]
+    # Tokens that travel to a shard of the words come from as many devices as share it with them.
+    head = 2 * headed * d * config.vocab_size * cut.devices(cut.travelling) / cut.vocab
     return passes(job) * layers * t + (4 if job.trains else 1) * head
 
 
 def device_hbm_bytes(job: Job, cut: Shares) -> float:
     """Bytes that pass through HBM in a step.
 
-    Weights: each of the passes reads a layer's in bfloat16, whole along embed. Of experts each chunk of the ring reads those
-    that its t tokens chose: experts E (1 - (1 - k / E)^t). In training weights are first read in float32 and written in
+    Weights: each of the passes reads a layer's in bfloat16, whole along embed. Of experts each visit reads those that its c
+    tokens chose, E (1 - (1 - k / E)^c) of all: each step of a ring those of one device's tokens, all_to_all and gather once
+    those of all that the experts are split over. In training weights are first read in float32 and written in
     bfloat16, twice; the gradient is written and read in float32; the optimizer reads and writes weight and two moments and
     reads the gradient (8 float32 a parameter with the norm of all gradients). Activations: each product reads its input and
     writes its output in bfloat16, in every pass; norms, residuals and the sort of rows add 8 D a token, and 4 k D for
@@ -99,13 +105,14 @@ def device_hbm_bytes(job: Job, cut: Shares) -> float:
     d, h, k = config.hidden_size, config.head_dim, config.num_experts_per_tok
     heads, keys = config.num_attention_heads / cut.heads, config.num_key_value_heads / cut.kv_heads
     held = parameters(job, cut)
-    whole = (held.attention + held.dense + held.router + held.experts) * cut.embed
+    used = held.whole(cut)
+    whole, kept = used.total - used.words, held.total - held.words
     # An expert that no token of a chunk chose is not read for it.
-    chosen = 1 - (1 - k / config.num_experts) ** t if config.num_experts else 0.0
-    read = (held.attention + held.dense + held.router + held.experts * chosen * cut.experts) * cut.embed
+    chosen = 1 - (1 - k / config.num_experts) ** cut.chunk(job) if config.num_experts else 0.0
+    read = whole - used.experts + used.experts * chosen * cut.visits
     weights = HALF * passes(job) * read + HALF * held.words
     if job.trains:
-        weights += 2 * (FLOAT * whole / cut.embed + HALF * whole) + 2 * FLOAT * whole + (8 + 2) * FLOAT * held.total
+        weights += 2 * (FLOAT * kept + HALF * whole) + 2 * FLOAT * whole + (8 + 2) * FLOAT * held.total
     wide = {
         "dense": 2 * d + 6 * config.intermediate_size / cut.mlp,
         "moe": k * (4 * d + 2 * d + 6 * config.moe_intermediate_size / cut.mlp),
@@ -130,11 +137,12 @@ def device_traffic(job: Job, cut: Shares) -> tuple[Traffic, ...]:
     A gather or scatter of an array of n bytes over p devices sends n (p - 1) / p, a reduction twice that. Only the ring of
     experts is taken to run beside computation: compiled schedules show it so, and the others waited for.
 
-    - fsdp: a layer's weights in bfloat16, gathered for the forward pass and again for the backward one; gradients scattered
-      in float32; hidden states to the vocabulary's shards and back, (p - 1) t D, and their lookup.
-    - data, and every axis that tokens are split over and a weight is not: float32 gradients reduced.
+    - weights over the axes that they are gathered from, in bfloat16, for the forward pass and again for the backward one;
+      gradients scattered in float32.
+    - float32 gradients reduced over every axis that tokens are split over and a weight is not.
+    - hidden states to the vocabulary's shards and back, (p - 1) t D, and their lookup, over the axes that split both.
     - tensor: t D in bfloat16 reduced after attention and after the MLP, in each pass but that of the weights' gradients.
-    - expert: chunks of t tokens with their sums; forward p - 1 chunks and p sums, backward 2 (p - 1) and 2 p, of D in bfloat16.
+    - expert: tokens with their sums, as the dispatch's own cost model lets them travel (`_dispatched`).
     - context: keys and values gathered in each pass, their gradients scattered.
 
     Args:
@@ -146,40 +154,71 @@ def device_traffic(job: Job, cut: Shares) -> tuple[Traffic, ...]:
     """
     config, t, size = job.config, cut.tokens(job), cut.sizes
     d, layers = config.hidden_size, config.num_hidden_layers
-    held = parameters(job, cut)
-    moe = sum(kind.mlp == "moe" for kind in config.block_kinds())
-    fetched = (held.attention + held.dense + held.experts + held.router) * cut.embed
     again = 2 if job.trains else 1  # the backward pass
-    found = []
+    sums: dict[tuple[str, tuple[str, ...], str], list[float]] = collections.defaultdict(lambda: [0.0, 0])
 
-    def add(kind: str, axes: tuple[str, ...], sent: float, count: int, overlapped: bool, what: str) -> None:
-        if sent:
-            found.append(Traffic(kind, axes, sent, count, overlapped, what))
+    def together(kind: str, axes: tuple[str, ...], what: str, sent: float, count: int) -> None:
+        total = sums[kind, axes, what]
+        total[0], total[1] = total[0] + sent, total[1] + count
+
+    for name, count in vars(parameters(job, cut)).items():
+        axes, alike, arrays = cut.gathered[name], cut.alike[name], ARRAYS[name] * (1 if name == "words" else layers)
+        others, same = cut.devices(axes) - 1, cut.devices(alike)
+        together("all-gather", axes, "weights", again * HALF * count * others, again * arrays)
+        if job.trains:
+            together("reduce-scatter", axes, "gradients", FLOAT * count * others, arrays)
+            together("all-reduce", alike, "gradients", 2 * FLOAT * count * (same - 1) / same, arrays)
+    found = [Traffic(*key[:2], sent, int(count), False, key[2]) for key, (sent, count) in sums.items()]
+
+    def add(kind: str, axes: tuple[str, ...], sent: float, count: int, what: str) -> None:
+        found.append(Traffic(kind, axes, sent, count, False, what))
 
     def lost(axis: str) -> float:
         return (size[axis] - 1) / size[axis]
 
-    add("all-gather", ("fsdp",), again * HALF * fetched * lost("fsdp"), again * layers * 7, False, "weights")
-    if job.trains:
-        add("reduce-scatter", ("fsdp",), FLOAT * fetched * lost("fsdp"), layers * 7, False, "gradients")
-        for axis in ("data", "expert", "context"):
-            split = held.total - (held.experts if axis == "expert" else 0)
-            add("all-reduce", (axis,), 2 * FLOAT * split * lost(axis), layers * 7, False, "gradients")
     reduced = 2 * (passes(job) - 1 if job.trains else 1) * layers
-    add("all-reduce", ("tensor",), 2 * HALF * reduced * t * d * lost("tensor"), reduced, False, "sums of heads and widths")
-    ring = size["expert"]
-    if moe and ring > 1:
-        chunks = (2 * ring - 1) + (4 * ring - 2 if job.trains else 0)
-        add("collective-permute", ("expert",), HALF * chunks * moe * t * d, chunks * moe, True, "tokens and their sums")
+    add("all-reduce", ("tensor",), 2 * HALF * reduced * t * d * lost("tensor"), reduced, "sums of heads and widths")
+    found += _dispatched(job, cut)
     if cut.seq > 1:
         rows = job.batch / cut.batch * job.seq * config.num_key_value_heads / cut.kv_heads * config.head_dim * 2
-        add("all-gather", ("context",), 4 * HALF * layers * rows * lost("context"), 8 * layers, False, "keys and values")
-    around = size["fsdp"] - 1
+        add("all-gather", ("context",), 4 * HALF * layers * rows * lost("context"), 8 * layers, "keys and values")
+    around = cut.devices(cut.travelling) - 1
     headed = job.batch / cut.batch if job.mode == "prefill" else t
     states = (HALF * t + HALF * headed) * d + ((HALF * t + (HALF + FLOAT) * headed) * d if job.trains else 0)
     logits = 0 if job.trains else FLOAT * headed * config.vocab_size / cut.vocab
-    add("all-gather", ("fsdp",), around * (states + logits), 4 * again, False, "states to the words and back")
-    return tuple(found)
+    add("all-gather", cut.travelling, around * (states + logits), 4 * again, "states to the words and back")
+    return tuple(part for part in found if part.bytes)
+
+
+def _dispatched(job: Job, cut: Shares) -> list[Traffic]:
+    """Tokens to experts and back, a journey a layer and in training another one of the backward pass.
+
+    With n shards of experts a chunk is its t tokens' states (D in bfloat16) and 2 k numbers in float32, the sums are states
+    again; on the way back gradients travel beside the states, and sums of k numbers more. ring: n steps send the chunk and
+    n + 1 the sums, half of both each way around. gather: the n - 1 others' chunks, and their sums. all_to_all: each token once
+    to every other shard that has work for it, 1 - (1 - 1 / n)^k of them, and as much back; where a device's blocks do not
+    travel as what is in them, whole ones.
+    """
+    config, choice = job.config, cut.choice
+    if choice is None or choice.transport is None:
+        return []
+    n, t, k = cut.experts, cut.tokens(job), config.num_experts_per_tok
+    state = HALF * config.hidden_size
+    journeys = [(state + 2 * FLOAT * k, state), (2 * state + 2 * FLOAT * k, state + FLOAT * k)]
+    there, back = (t * sum(part) for part in zip(*journeys[: 2 if job.trains else 1], strict=True))
+    layers = sum(kind.mlp == "moe" for kind in config.block_kinds()) * (2 if job.trains else 1)
+    scale = layers / (2 if job.trains else 1)
+    if choice.transport == "ring":
+        ways = 1 if t % 2 else 2
+        sent = scale * (n * there + (n + 1) * back)
+        return [Traffic("collective-permute", cut.split, sent, layers * (2 * n + 1), True, "tokens and their sums", ways)]
+    if choice.transport == "gather":
+        return [
+            Traffic("all-gather", cut.split, scale * (n - 1) * there, layers, False, "tokens"),
+            Traffic("reduce-scatter", cut.split, scale * (n - 1) * back, layers, False, "tokens' sums"),
+        ]
+    share = (n - 1) * (1 - (1 - 1 / n) ** k)
+    return [Traffic("ragged-all-to-all", cut.split, scale * share * (there + back), 2 * layers, False, "tokens and their sums")]
 
 
 def device_memory(job: Job, cut: Shares) -> dict[str, float]:
@@ -187,8 +226,9 @@ def device_memory(job: Job, cut: Shares) -> dict[str, float]:
 
     weights: float32 in training, else bfloat16. optimizer: two float32 moments. gradients: float32. cache: 2 L b K S H in
     bfloat16. activations: each layer's input, t D in bfloat16; without remat all that its products read. working: one layer
-    whole along embed, in bfloat16 and its gradient in float32; its rows, k (2 D + 3 F / mlp) a token for experts and D + 3 F
-    / mlp for a dense MLP, twice in training; a block of logits three times.
+    whole along embed, in bfloat16 and its gradient in float32; its rows, 2 D + 3 F / mlp for each that the experts' buffers
+    hold and 2 D for each token that is there, D + 3 F / mlp a token for a dense MLP, twice in training; a block of logits
+    three times.
 
     Args:
         job: the job.
@@ -201,14 +241,16 @@ def device_memory(job: Job, cut: Shares) -> dict[str, float]:
     d, layers = config.hidden_size, config.num_hidden_layers
     held = parameters(job, cut)
     kinds = {kind.mlp for kind in config.block_kinds()}
-    layer = (held.attention + held.dense + held.experts + held.router) * cut.embed / layers
+    used = held.whole(cut)
+    layer = (used.total - used.words) / layers
     rows = 0.0
-    if "moe" in kinds:
-        rows = config.num_experts_per_tok * (2 * d + 3 * config.moe_intermediate_size / cut.mlp)
+    if cut.choice is not None:
+        rows = cut.choice.capacity * (2 * d + 3 * config.moe_intermediate_size / cut.mlp)
+        rows += cut.present(job) * 2 * d
     if "dense" in kinds:
-        rows = max(rows, d + 3 * config.intermediate_size / cut.mlp)
+        rows = max(rows, t * (d + 3 * config.intermediate_size / cut.mlp))
     heads = (config.num_attention_heads / cut.heads + 2 * config.num_key_value_heads / cut.kv_heads) * config.head_dim
-    of_layer = HALF * t * (rows + heads + 2 * d)
+    of_layer = HALF * (rows + t * (heads + 2 * d))
     logits = 3 * FLOAT * LOGITS if job.trains else FLOAT * job.batch / cut.batch * config.vocab_size
     saved = HALF * t * d * layers if job.remat != "none" else of_layer * layers
     return {

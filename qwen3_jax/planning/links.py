@@ -32,10 +32,10 @@ class Route:
     mean_hops: float
     words: str
 
-    def seconds(self, kind: str, sent: float, count: int, hop_seconds: float, efficiency: float) -> float:
+    def seconds(self, kind: str, sent: float, count: int, hop_seconds: float, efficiency: float, ways: float = 1) -> float:
         """Time of a collective.
 
-        A gather, scatter or reduction: sent / bandwidth. A permute: sent / one_way. An all-to-all: what is sent passes
+        A gather, scatter or reduction: sent / bandwidth. A permute: sent / ways / one_way. An all-to-all: what is sent passes
         mean_hops links, so sent * max(1, mean_hops) / bandwidth. To each execution the latency of its hops is added (a
         permute's: one).
 
@@ -45,6 +45,7 @@ class Route:
             count: executions.
             hop_seconds: latency of a hop.
             efficiency: share of a link's bandwidth that is reached.
+            ways: directions that permutes go at the same time; each has links of its own.
 
         Returns:
             Seconds, of all executions one after the other.
@@ -52,7 +53,7 @@ class Route:
         if self.devices == 1:
             return 0.0
         if "permute" in kind:
-            return sent / (self.one_way * efficiency) + count * hop_seconds
+            return sent / (ways * self.one_way * efficiency) + count * hop_seconds / ways
         through = sent * max(1.0, self.mean_hops) if "all-to-all" in kind else sent
         return through / (self.bandwidth * efficiency) + count * self.hops * hop_seconds
 

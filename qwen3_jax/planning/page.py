@@ -81,13 +81,14 @@ def _cells(kind: str, values: Sequence[str]) -> str:
 
 
 def _table(rows: list[Row]) -> str:
-    head = ["mesh", "total GB", *PARTS, "TFLOP", "HBM GB", "step ms", "tokens/s/chip", "MFU", "compiled in s"]
+    head = ["mesh", "rules", "total GB", *PARTS, "TFLOP", "HBM GB", "step ms", "tokens/s/chip", "MFU", "compiled in s"]
     body = []
     for row in rows:
         program, rate = row.outcome.program, row.tokens_per_second_per_chip
         body.append(
             [
                 row.candidate.wish,
+                row.candidate.rules.name,
                 gigabytes(row, "total"),
                 *(gigabytes(row, part) for part in PARTS),
                 f"{program.flops / 1e12:.4g}" if program else "-",

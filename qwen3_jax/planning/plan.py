@@ -43,6 +43,7 @@ def make_plan(
     topology: Topology,
     *,
     meshes: Sequence[str] = (),
+    rows: Sequence[str] = (),
     top: int = 4,
     workers: int = 1,
     time_limit: float = 1800,
@@ -57,6 +58,7 @@ def make_plan(
         job: the job.
         topology: the chips.
         meshes: meshes to compile in place of the most promising ones.
+        rows: of the table of rules, "embed=fsdp+expert", in place of those of the mode's own table.
         top: how many of those are compiled.
         workers: processes at a time.
         time_limit: seconds for each.
@@ -70,14 +72,14 @@ def make_plan(
     Raises:
         PlanError: a number that is none, no mesh that fits.
         TopologyError: the compiler is missing or does not know the shape.
-        MeshError: a mesh in `meshes` that cannot be.
+        MeshError: a mesh in `meshes` that cannot be, a row in `rows` that is none.
     """
     for name, value in (("top", top), ("workers", workers)):
         if value < 1:
             raise PlanError(f"{name} is {value}: accepted is a whole number from 1")
     if not time_limit > 0:
         raise PlanError(f"time_limit is {time_limit}: accepted is a number of seconds above 0")
-    found = candidates(job, topology, devices_of(topology), efficiency, meshes)
+    found = candidates(job, topology, devices_of(topology), efficiency, meshes, rows)
     best = found if meshes else found[:top]
     chosen(best, len(found))
     outcomes = compile_all(job, topology, best, workers=workers, time_limit=time_limit, done=done)
@@ -117,11 +119,15 @@ def _candidate(plan: Plan, row: Row) -> dict[str, Any]:
     program, time, candidate = row.outcome.program, row.time, row.candidate
     return {
         "mesh": candidate.sizes,
+        "rules": {name: list(axes) for name, axes in candidate.rules.rows.items()},
+        "rules_name": candidate.rules.name,
+        "transport": candidate.transport,
         "fits": row.fits,
         "verdict": row.verdict,
         "reason": row.outcome.reason,
         "bytes": row.bytes,
         "flops": program.flops if program else None,
+        "timed_flops": row.flops,
         "hbm_bytes": program.hbm_bytes if program else None,
         "collectives": [
             {**dataclasses.asdict(move.collective), "seconds": move.seconds, "network": move.network} for move in row.moves

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import math
 import re
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -29,6 +30,7 @@ class Collective:
         bytes: that a chip sends over links in one run of the program, by the ring's arithmetic (collectives.transfers).
         count: executions, those in loops multiplied.
         overlapped: work is scheduled between its start and its end.
+        ways: of permutes that are overlapped, into how many directions they go: bytes over those of the busiest direction.
     """
 
     kind: str
@@ -36,33 +38,45 @@ class Collective:
     bytes: int
     count: int
     overlapped: bool
+    ways: float = 1.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """One run of a compiled program on one chip.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What one run of a program does on one chip, by its text.
 
     Attributes:
         flops: of matrix products and kernels, every loop multiplied by its rounds.
+        grouped_flops: those of them that kernels of experts declare: for all rows of their buffers, filled or not.
         hbm_bytes: read from and written to HBM, likewise; what the compiler placed in VMEM does not count.
         collectives: merged by kind, axes and overlap, those that send most first.
+        unknown: what could not be counted, in words.
+    """
+
+    flops: float
+    grouped_flops: float
+    hbm_bytes: float
+    collectives: tuple[Collective, ...]
+    unknown: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program(Counts):
+    """One run of a compiled program on one chip: what it does, and what it needs.
+
+    Attributes:
         arguments: bytes.
         output: bytes.
         temporaries: bytes.
         aliased: bytes of output that lie where arguments did.
         code: bytes.
-        unknown: what could not be counted, in words.
     """
 
-    flops: float
-    hbm_bytes: float
-    collectives: tuple[Collective, ...]
     arguments: int
     output: int
     temporaries: int
     aliased: int
     code: int
-    unknown: tuple[str, ...]
 
 
 class DoesNotFit(Exception):
@@ -97,23 +111,17 @@ def read_program(compiled: jax.stages.Compiled, mesh: Mesh) -> Program:
         raise ValueError(
             "the compiled program has no text or no memory analysis: accepted are those that a TPU's compiler makes"
         )
-    flops, moved, merged, unknown = counted(text, dict(mesh.shape))
     return Program(
-        flops=flops,
-        hbm_bytes=moved,
-        collectives=merged,
+        **vars(counted(text, dict(mesh.shape))),
         arguments=memory.argument_size_in_bytes,
         output=memory.output_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
-        unknown=unknown,
     )
 
 
-def counted(
-    text: str, shape: dict[str, int], memory: int | None = HBM
-) -> tuple[float, float, tuple[Collective, ...], tuple[str, ...]]:
+def counted(text: str, shape: dict[str, int], memory: int | None = HBM) -> Counts:
     """Count what a program's text does.
 
     Args:
@@ -122,13 +130,16 @@ def counted(
         memory: which memory's bytes count; None for all.
 
     Returns:
-        FLOPs, bytes, collectives, and what could not be counted.
+        The counts.
     """
     module = parse(text)
     devices = math.prod(shape.values())
     unknown: list[str] = []
     flops = moved = 0.0
     sums: dict[tuple[str, tuple[str, ...], bool], list[float]] = collections.defaultdict(lambda: [0.0, 0])
+    ways: dict[tuple[str, tuple[str, ...], bool], dict[Any, float]] = collections.defaultdict(
+        lambda: collections.defaultdict(float)
+    )
     kernels: dict[tuple[str, bool], list[float]] = collections.defaultdict(lambda: [0, 0.0])
 
     def weight(computation: Computation, instruction: Instruction) -> float:
@@ -146,7 +157,9 @@ def counted(
             axes = axes_of(transfer, shape)
             if transfer.groups is None:
                 unknown.append(f"{transfer.kind} {each.instruction.name}: its groups are written in a form that is not known")
-            total = sums[transfer.kind, axes, transfer.overlapped]
+            key = (transfer.kind, axes, transfer.overlapped)
+            ways[key][transfer.way] += each.times * transfer.sent
+            total = sums[key]
             total[0] += each.times * transfer.sent
             total[1] += each.times
     for (name, known), (times, work) in kernels.items():
@@ -156,9 +169,20 @@ def counted(
             unknown.append(
                 f"{times:.0f} calls of the kernel {name}, {work:.3g} FLOPs: rows of no group are counted like the others"
             )
-    merged = [Collective(kind, axes, round(size), round(count), hidden) for (kind, axes, hidden), (size, count) in sums.items()]
-    merged.sort(key=lambda collective: -collective.bytes)
-    return flops, moved, tuple(merged), tuple(dict.fromkeys(unknown))
+    merged = [
+        # Permutes that nothing waits for run side by side.
+        Collective(
+            kind, axes, round(total), round(count), hidden, total / max(ways[kind, axes, hidden].values()) if hidden else 1
+        )
+        for (kind, axes, hidden), (total, count) in sums.items()
+    ]
+    return Counts(
+        flops=flops,
+        grouped_flops=sum(work for (name, _), (_, work) in kernels.items() if name in GROUPED),
+        hbm_bytes=moved,
+        collectives=tuple(sorted(merged, key=lambda collective: -collective.bytes)),
+        unknown=tuple(dict.fromkeys(unknown)),
+    )
 
 
 def overlaps(text: str) -> list[Overlap]:

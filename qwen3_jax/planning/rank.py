@@ -14,6 +14,8 @@ from qwen3_jax.planning.topology import Topology
 # Where each figure of a row is from: the compiler, the arguments' shapes, the analytic model, or both as said in `assumptions`.
 SOURCES = {
     "flops": "compiled",
+    "timed_flops": "compiled, less those of empty rows in the experts' buffers; analytic where the assumptions say so",
+    "transport": "what the program was compiled with",
     "hbm_bytes": "compiled",
     "collectives": "compiled",
     "compile_seconds": "measured",
@@ -61,6 +63,7 @@ class Row:
         fits: whether a device holds it; None where the compiler failed otherwise.
         bytes: category -> bytes of one device (SOURCES says from where); what is not known is left out.
         moves: its collectives.
+        flops: those that the time counts; where it was compiled.
         time: of a step, where it was compiled.
         tokens_per_second_per_chip: likewise.
         mfu: model FLOPs over what the chips could do in that time at their peak; likewise.
@@ -72,6 +75,7 @@ class Row:
     fits: bool | None
     bytes: dict[str, int]
     moves: tuple[Move, ...]
+    flops: float | None
     time: StepTime | None
     tokens_per_second_per_chip: float | None
     mfu: float | None
@@ -105,10 +109,12 @@ def _row(job: Job, topology: Topology, efficiency: Efficiency, candidate: Candid
     if program is None:
         needed = _needed(candidate, outcome)
         fits = None if outcome.needed is None else False
-        return Row(candidate, outcome, fits, needed, (), None, None, None, _verdict(topology, fits, needed, outcome.reason))
+        return Row(
+            candidate, outcome, fits, needed, (), None, None, None, None, _verdict(topology, fits, needed, outcome.reason)
+        )
     moves = tuple(_move(candidate, topology, efficiency, move) for move in program.collectives)
     timed = [(move.seconds, move.collective.overlapped) for move in moves]
-    flops = candidate.flops if _lacks_flops(job, topology, program) else program.flops
+    flops = candidate.flops if _lacks_flops(job, topology, program) else _filled_flops(candidate, program)
     time = step_time(flops, program.hbm_bytes, timed, chip, efficiency)
     taken = _compiled_bytes(candidate, outcome.arguments, program)
     fits = taken["total"] <= chip.hbm
@@ -116,7 +122,12 @@ def _row(job: Job, topology: Topology, efficiency: Efficiency, candidate: Candid
     if time.total > 0:
         rate = job.tokens / time.total / topology.chips
         mfu = model_flops(job) / (time.total * topology.devices * chip.bf16_flops)
-    return Row(candidate, outcome, fits, taken, moves, time, rate, mfu, _verdict(topology, fits, taken, None))
+    return Row(candidate, outcome, fits, taken, moves, flops, time, rate, mfu, _verdict(topology, fits, taken, None))
+
+
+def _filled_flops(candidate: Candidate, program: Program) -> float:
+    """A program's FLOPs without those of rows in the experts' buffers that stay empty: a kernel passes over them."""
+    return program.flops - (1 - candidate.filled) * program.grouped_flops
 
 
 def _lacks_flops(job: Job, topology: Topology, program: Program) -> bool:
@@ -129,7 +140,7 @@ def _move(candidate: Candidate, topology: Topology, efficiency: Efficiency, coll
     axes = collective.axes or tuple(candidate.sizes)
     route = candidate.links.route(axes)
     hop = topology.chip.hop_seconds
-    seconds = route.seconds(collective.kind, collective.bytes, collective.count, hop, efficiency.links)
+    seconds = route.seconds(collective.kind, collective.bytes, collective.count, hop, efficiency.links, collective.ways)
     return Move(collective, seconds, route.words)
 
 
@@ -214,11 +225,20 @@ def assumptions(job: Job, topology: Topology, efficiency: Efficiency, row: Row) 
             f"{row.candidate.wish}: the compiled program counts {share:.0%} of the FLOPs that the model asks for, so products "
             "take the analytic model's"
         )
-    elif program is not None and program.flops > 1.5 * row.candidate.flops:
-        said.append(
-            f"{row.candidate.wish}: the compiled program counts {program.flops / row.candidate.flops:.1f} times the analytic "
-            "model's FLOPs: work that is not of the model, or a kernel that declares rows which it passes over"
-        )
+    elif program is not None and row.flops is not None:
+        useful = row.flops * topology.devices / model_flops(job)
+        empty = ""
+        if row.candidate.filled < 1 and program.grouped_flops:
+            empty = (
+                f", without the {1 - row.candidate.filled:.0%} of the experts' buffers that stay empty, which kernels declare "
+                f"and pass over; with them {program.flops * topology.devices / model_flops(job):.2f} times"
+            )
+        said.append(f"{row.candidate.wish}: products are {useful:.2f} times the FLOPs that the model asks for{empty}")
+        if row.flops > 1.5 * row.candidate.flops:
+            said.append(
+                f"{row.candidate.wish}: they are {row.flops / row.candidate.flops:.1f} times the analytic model's FLOPs: "
+                "work that is not of the model"
+            )
     networks = {move.collective.axes: move.network for move in row.moves}
     said += [
         f"{row.candidate.wish}, over {' x '.join(axes) or 'groups not known, taken as all devices'}: {words}"
@@ -231,6 +251,14 @@ def assumptions(job: Job, topology: Topology, efficiency: Efficiency, row: Row) 
         "attention; nothing that is computed again"
     )
     said.append("kernels count with the FLOPs and bytes that they declare, whatever they reach")
+    said.append(
+        "rows that are gathered or scattered count with the whole tiles of memory that they lie in, as the compiler counts"
+    )
+    if row.candidate.transport is not None:
+        said.append(
+            f"{row.candidate.wish}: tokens travel by {row.candidate.transport} to experts that are used evenly: each buffer is "
+            "filled once"
+        )
     said += [f"chip fact not certain: {what}" for what in chip.uncertain]
     if program is not None:
         said += [f"not known of the program: {what}" for what in program.unknown]

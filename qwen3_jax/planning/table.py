@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from qwen3_jax.parallel.rules import RULES
 from qwen3_jax.planning.candidates import Candidate
 from qwen3_jax.planning.plan import Plan
 from qwen3_jax.planning.rank import Row, assumptions
@@ -30,8 +31,11 @@ def show_estimates(console: Console, best: list[Candidate], considered: int) -> 
         considered: how many there were, or were named.
     """
     console.print(f"{considered} meshes fit the divisibility rules, {len(best)} will be compiled")
-    rows = [(each.wish, [f"{each.bytes / 1e9:.1f}", milliseconds(each.time.total)]) for each in best]
-    _print(console, "analytic, before compiling", ("GB a device", "step ms"), rows)
+    rows = [
+        (each.wish, [each.rules.name, each.transport or "-", f"{each.bytes / 1e9:.1f}", milliseconds(each.time.total)])
+        for each in best
+    ]
+    _print(console, "analytic, before compiling", ("rules", "experts by", "GB a device", "step ms"), rows)
 
 
 def show_plan(console: Console, plan: Plan) -> None:
@@ -44,14 +48,17 @@ def show_plan(console: Console, plan: Plan) -> None:
     chip = plan.topology.chip
     named = f"{plan.model}, {plan.job.mode}, {plan.job.batch} x {plan.job.seq} on {plan.topology.name}"
     parts = ("total", *PARTS)
-    sizes = [(row.candidate.wish, [gigabytes(row, part) for part in parts]) for row in plan.rows]
-    _print(console, f"{named}: GB of a device, of {chip.hbm / 1e9:.1f}", parts, sizes)
+    sizes = [(row.candidate.wish, [row.candidate.rules.name, *(gigabytes(row, part) for part in parts)]) for row in plan.rows]
+    _print(console, f"{named}: GB of a device, of {chip.hbm / 1e9:.1f}", ("rules", *parts), sizes)
     console.print(
         "total is compiled; weights, optimizer and cache are from the arguments' shapes; gradients and activations are "
         "analytic, working is the rest of the compiled temporaries"
     )
     _print(console, "a step of a device", TIMES, [(row.candidate.wish, _times(row)) for row in plan.rows])
     console.print("TFLOP and GB are compiled; milliseconds are those over the chip's facts, by the assumptions below")
+    for table in dict.fromkeys(row.candidate.rules for row in plan.rows):
+        rows = (f"{name}={'+'.join(axes)}" for name, axes in table.rows.items() if axes != RULES.table[name])
+        console.print(f"rules {table.name}: {' '.join(rows) or 'those of a model'}")
     for row in plan.rows:
         console.print(f"\n{row.candidate.wish}: {row.verdict}; compiled in {row.outcome.seconds:.0f} s")
         for move in sorted(row.moves, key=lambda move: -move.seconds):
@@ -86,7 +93,7 @@ def _times(row: Row) -> list[str]:
 def _print(console: Console, title: str, names: tuple[str, ...], rows: list[tuple[str, list[str]]]) -> None:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in ("mesh", *names):
-        table.add_column(name, justify="left" if name == "mesh" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("mesh", "rules") else "right", no_wrap=True)
     for mesh, cells in rows:
         table.add_row(mesh, *cells)
     console.print(table)

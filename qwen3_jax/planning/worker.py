@@ -13,6 +13,7 @@ import jax
 
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.parallel.mesh import MeshError, make_mesh
+from qwen3_jax.parallel.rules import RULES
 from qwen3_jax.planning.job import Job
 from qwen3_jax.planning.program import memory_of_failure, read_program
 from qwen3_jax.planning.programs import lowered
@@ -23,7 +24,8 @@ def compiled_figures(request: dict) -> dict:
     """Lower and compile one candidate, and read what the compiler says.
 
     Args:
-        request: config (as config.json), mode, batch, seq, remat, topology, slices, mesh (a wish).
+        request: config (as config.json), mode, batch, seq, remat, topology, slices, mesh (a wish), rules (all
+            rows that may differ from RULES).
 
     Returns:
         arguments (category -> bytes of a device), seconds (of tracing and compiling), and one of: program (a Program's fields);
@@ -35,7 +37,7 @@ def compiled_figures(request: dict) -> dict:
     start = time.monotonic()
     try:
         mesh = make_mesh(request["mesh"], slices=topology.slices, devices=devices_of(topology))
-        made = lowered(job, mesh)
+        made = lowered(job, mesh, RULES.replace(**request["rules"]))
     except MeshError as error:
         return {"reason": str(error), "seconds": time.monotonic() - start}
     try:

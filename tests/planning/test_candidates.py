@@ -10,8 +10,8 @@ from jax.sharding import AbstractMesh
 from qwen3_jax import Qwen3Config
 from qwen3_jax.parallel.fit import check_batch, fitted
 from qwen3_jax.parallel.mesh import AXES, MeshError
-from qwen3_jax.parallel.rules import RULES
-from qwen3_jax.planning.candidates import candidates, mesh_sizes
+from qwen3_jax.parallel.rules import RULES, TRAIN_RULES
+from qwen3_jax.planning.candidates import Named, candidates, mesh_sizes, tables
 from qwen3_jax.planning.efficiency import Efficiency
 from qwen3_jax.planning.job import Job, PlanError
 from qwen3_jax.planning.topology import devices_of, parse_topology
@@ -50,9 +50,9 @@ def test_no_mesh_that_fits_is_left_out():
     assert len(found) == math.comb(4 + 2, 2)  # nor experts
 
 
-def listed(work, name, wishes=()):
+def listed(work, name, wishes=(), rows=()):
     topology = parse_topology(name)
-    return candidates(work, topology, devices_of(topology), Efficiency(), wishes)
+    return candidates(work, topology, devices_of(topology), Efficiency(), wishes, rows)
 
 
 def test_those_that_should_fit_come_first_the_fastest_of_them_ahead():
@@ -64,6 +64,28 @@ def test_those_that_should_fit_come_first_the_fastest_of_them_ahead():
     assert [each.time.total for each in fitting] == sorted(each.time.total for each in fitting)
     others = [each.bytes for each in found[len(fitting) :]]
     assert others == sorted(others) and found[-1].sizes["fsdp"] == 1
+
+
+def test_training_is_tried_under_two_tables_and_shown_under_the_better():
+    work = Job(Qwen3Config.preset("qwen3-30b-a3b"), "train", 64, 4096)
+    assert [each.name for each in tables(work)] == ["train", "default"]
+    assert tables(work)[0].rules == TRAIN_RULES and tables(job(mode="decode"))[0].rules == RULES
+    (best,) = listed(work, "v5p:2x2x4", ["fsdp=4,expert=4"])
+    (other,) = listed(work, "v5p:2x2x4", ["fsdp=4,expert=4"], ["embed=fsdp", "vocab=fsdp+tensor"])
+    assert best.rules.name == "train" and other.rules.rules == RULES and other.rules.name == "embed=fsdp vocab=fsdp+tensor"
+    assert best.bytes < other.bytes - 4e9 and best.time.total < 1.05 * other.time.total
+    (served,) = listed(job(mode="decode"), "v5p:2x2x1", ["expert=4"])
+    assert served.rules == Named("default", RULES) and served.rules.rows["embed"] == ("fsdp",)
+    assert (best.transport, served.transport) == ("ring", "gather")
+
+
+def test_rows_of_the_rules_may_be_given():
+    assert tables(job(), ["experts=fsdp+expert"])[0].rules == TRAIN_RULES.replace(experts=("fsdp", "expert"))
+    assert tables(job(mode="decode"), ["vocab="])[0].rules == RULES.replace(vocab=None)
+    with pytest.raises(MeshError, match="rule 'embed': accepted is LOGICAL=AXIS"):
+        tables(job(), ["embed"])
+    with pytest.raises(MeshError, match="rule embed -> 'stage': no such mesh axis"):
+        tables(job(), ["embed=stage"])
 
 
 def test_meshes_may_be_named():

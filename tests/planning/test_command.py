@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from qwen3_jax.cli.main import main
+from qwen3_jax.parallel.rules import RULES
 from qwen3_jax.planning.job import Job
 from qwen3_jax.planning.shares import parameters, shares
 from qwen3_jax.planning.topology import COMPILE_ONLY
@@ -72,7 +73,7 @@ def test_a_training_step_is_planned(folder, tmp_path):
     assert all(isinstance(best["bytes"][part], int) for part in parts)
     mesh = AbstractMesh(tuple(best["mesh"].values()), tuple(best["mesh"]))
     work = Job(TINY, "train", 8, 128)
-    weights = 4 * parameters(work, shares(work, mesh)).total
+    weights = 4 * parameters(work, shares(work, mesh, RULES.replace(**best["rules"]))).total
     assert best["bytes"]["weights"] == weights
     assert best["bytes"]["optimizer"] == pytest.approx(2 * weights, rel=1e-5)  # and two counters
     assert best["bytes"]["arguments"] == pytest.approx(3 * weights, rel=0.05)
@@ -115,6 +116,7 @@ def test_decode_that_fits_on_one_mesh_and_not_on_another(folder, tmp_path):
         ({"--batch": "3", "--seq": "127", "--topology": "v5e:2x4"}, "no mesh of 8 devices fits 3 rows of 127 tokens in train"),
         ({"--mesh": "tensor=8"}, "tensor=8 is 8, and there are 4 devices"),
         ({"--json": "/nowhere/o.json"}, "json is /nowhere/o.json: accepted is a file in a folder that is there"),
+        ({"--rule": "embed"}, "rule 'embed': accepted is LOGICAL=AXIS+AXIS"),
         ({"--remat": "some"}, "remat policy 'some': accepted are none, full"),
     ],
 )

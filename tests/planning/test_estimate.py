@@ -8,7 +8,10 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from qwen3_jax import Qwen3Config, abstract_model, make_mesh
+from qwen3_jax.parallel.dispatch import Dispatch
+from qwen3_jax.parallel.experts import dispatch_for
 from qwen3_jax.parallel.mesh import AXES, MeshError
+from qwen3_jax.parallel.rules import RULES, TRAIN_RULES
 from qwen3_jax.planning.estimate import (
     device_flops,
     device_hbm_bytes,
@@ -24,23 +27,31 @@ from qwen3_jax.planning.shares import parameters, shares
 from tests.planning.jobs import job
 
 
-def cut_of(given, **sizes):
-    return shares(given, AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES))
+def cut_of(given, rules=RULES, **sizes):
+    return shares(given, AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES), rules)
 
 
-def sent(given, **sizes):
-    """Bytes by axes of what a device sends, by kind and array."""
-    return {(part.kind, part.what): part.bytes for part in device_traffic(given, cut_of(given, **sizes))}
+def by(transport):
+    return dataclasses.replace(RULES, dispatch=Dispatch(transport))
+
+
+def sent(given, rules=RULES, **sizes):
+    """Bytes that a device sends, by kind and array."""
+    return {(part.kind, part.what): part.bytes for part in device_traffic(given, cut_of(given, rules, **sizes))}
 
 
 @pytest.mark.parametrize("wish", ["fsdp=4,tensor=2", "data=2,fsdp=2,expert=2", "fsdp=2,expert=2,tensor=2", "tensor=4,data=2"])
+@pytest.mark.parametrize(
+    "rules", [RULES, TRAIN_RULES, RULES.replace(experts=("fsdp", "expert"), mlp=None)], ids=["default", "train", "own"]
+)
 @pytest.mark.parametrize("name", ["dense", "tied", "moe", "mixed", "bias"])
-def test_parameters_of_a_device_are_those_of_its_shards(name, wish):
+def test_parameters_of_a_device_are_those_of_its_shards(name, rules, wish):
     mesh = make_mesh(wish)
     given = job(name)
     given = dataclasses.replace(given, config=dataclasses.replace(given.config, vocab_size=93))  # padded to a multiple
-    held = device_bytes(nnx.state(abstract_model(given.config, mesh), nnx.Param)) / 4
-    assert parameters(given, shares(given, mesh)).total == held
+    held = device_bytes(nnx.state(abstract_model(given.config, mesh, rules=rules), nnx.Param)) / 4
+    cut = shares(given, mesh, rules)
+    assert parameters(given, cut).total == held
 
 
 def test_flops_by_hand():
@@ -99,10 +110,8 @@ def test_traffic_by_hand():
     assert sent(given) == {}
     tensor = sent(given, tensor=2)
     assert tensor == {("all-reduce", "sums of heads and widths"): 2 * 2 * 6 * 4 * 1024 * 32 / 2}  # six sums of t D a layer
-    ring = sent(given, expert=4)
-    assert ring["collective-permute", "tokens and their sums"] == 2 * (7 + 14) * 4 * 256 * 32
     held = parameters(given, cut_of(given, expert=4))
-    assert ring["all-reduce", "gradients"] == 2 * 4 * (held.total - held.experts) * 3 / 4
+    assert sent(given, expert=4)["all-reduce", "gradients"] == 2 * 4 * (held.total - held.experts) * 3 / 4
     held = parameters(given, cut_of(given, fsdp=2))
     layers = 2 * (held.attention + held.experts + held.router)
     gathered = sent(given, fsdp=2)
@@ -112,20 +121,73 @@ def test_traffic_by_hand():
     assert keys == 4 * 2 * 4 * (16 * 64 * 2 * 16 * 2) / 2
 
 
+def test_tokens_travel_as_the_dispatch_lets_them():
+    """Two of eight experts a token, D 32, four MoE layers, 256 tokens on each of four devices."""
+    given = job("moe", batch=16, seq=64)
+    there = 256 * (2 * 32 + 4 * 4), 256 * (2 * 2 * 32 + 4 * 4)  # states and four numbers; gradients beside them
+    back = 256 * 2 * 32, 256 * (2 * 32 + 4 * 2)
+    found = sent(given, by("ring"), expert=4)
+    assert found["collective-permute", "tokens and their sums"] == 4 * (4 * sum(there) + 5 * sum(back))
+    (ring,) = [part for part in device_traffic(given, cut_of(given, by("ring"), expert=4)) if part.ways == 2]
+    assert ring.overlapped and ring.axes == ("expert",)
+    found = sent(given, by("gather"), expert=4)
+    assert found["all-gather", "tokens"] == 4 * 3 * sum(there) and found["reduce-scatter", "tokens' sums"] == 4 * 3 * sum(back)
+    found = sent(given, by("all_to_all"), expert=4)
+    share = 1 - (3 / 4) ** 2  # of the tokens that have work on another given device
+    assert found["ragged-all-to-all", "tokens and their sums"] == 4 * 3 * share * (sum(there) + sum(back))
+    # In inference there is no way back.
+    serving = dataclasses.replace(given, mode="prefill")
+    assert sent(serving, by("gather"), expert=4)["all-gather", "tokens"] == 4 * 3 * there[0]
+    assert cut_of(given, expert=4).choice == dispatch_for(given.config, AbstractMesh((1, 1, 4, 1, 1), AXES), 16, 64)
+
+
+def test_buffers_hold_rows_that_stay_empty():
+    """8,192 tokens of two experts each on each of eight devices: buffers of 1.25 times an even load."""
+    given = job("moe", batch=16, seq=4096)
+    assert cut_of(given, by("ring"), expert=8).filled(given) == pytest.approx(1 / 1.25)
+    assert cut_of(given, by("all_to_all"), expert=8).filled(given) == pytest.approx(1 / 1.25)
+    assert cut_of(given, expert=1).filled(given) == 1 and cut_of(job("dense")).filled(job("dense")) == 1
+    decode = job("moe", "decode", batch=16)
+    assert cut_of(decode, by("ring"), expert=8).filled(decode) == pytest.approx(2 * 2 / (8 * 2 * 2))  # not worth bounding
+
+
+def test_rules_of_training_split_dense_weights_over_experts_too():
+    given = job("moe")
+    default, train = cut_of(given, fsdp=2, expert=4), cut_of(given, TRAIN_RULES, fsdp=2, expert=4)
+    assert default.gathered["attention"] == ("fsdp",) and train.gathered["attention"] == ("fsdp", "expert")
+    assert train.gathered["experts"] == default.gathered["experts"] == ("fsdp",)
+    assert default.alike["attention"] == ("expert",) and train.alike["attention"] == ()
+    assert train.alike["norms"] == ("fsdp", "expert") and train.alike["experts"] == ()
+    assert (default.travelling, train.travelling) == (("fsdp",), ("fsdp", "expert"))
+    whole, less = parameters(given, default), parameters(given, train)
+    assert (less.attention, less.router, less.words) == (whole.attention / 4, whole.router / 4, whole.words / 4)
+    assert (less.experts, less.norms) == (whole.experts, whole.norms) and less.whole(train).attention == 8 * less.attention
+    found = sent(given, TRAIN_RULES, fsdp=2, expert=4)
+    dense = less.attention + less.router
+    assert found["all-reduce", "gradients"] == 2 * 4 * less.norms * 7 / 8
+    traffic = {(part.kind, part.axes): part.bytes for part in device_traffic(given, train)}
+    assert traffic["reduce-scatter", ("fsdp", "expert")] == 4 * dense * 7
+    assert traffic["reduce-scatter", ("fsdp",)] == 4 * less.experts
+    assert device_flops(given, default) == device_flops(given, train)
+    assert sum(device_memory(given, train).values()) < sum(device_memory(given, default).values())
+
+
 def test_a_ring_reads_the_experts_that_each_chunk_chose():
     """Decode of 16 rows, 2 of 8 experts each: one device reads nearly all, one of a ring of 8 those of 2 rows, 8 times."""
     given = job("moe", "decode", batch=16)
 
-    def read(**sizes):
+    def read(rules=RULES, **sizes):
         """Experts whose matrices a device reads, all else taken away."""
-        cut = cut_of(given, **sizes)
+        cut = cut_of(given, rules, **sizes)
         fewer = dataclasses.replace(given, config=dataclasses.replace(given.config, moe_intermediate_size=12))
         return (device_hbm_bytes(given, cut) - device_hbm_bytes(fewer, cut)) / 2
 
     matrices = 4 * 3 * 32 * 12  # of half the width, of four layers
     rows = 4 * 2 * 6 * 12  # what a token's rows are narrower
     assert read() == pytest.approx(8 * (1 - (3 / 4) ** 16) * matrices + 16 * rows)
-    assert read(expert=8) == pytest.approx(8 * (1 - (3 / 4) ** 2) * matrices + 2 * rows)
+    assert read(by("ring"), expert=8) == pytest.approx(8 * (1 - (3 / 4) ** 2) * matrices + 2 * rows)
+    # Gathered, all sixteen rows meet each device's one expert once.
+    assert read(by("gather"), expert=8) == pytest.approx((1 - (3 / 4) ** 16) * matrices + 2 * rows)
 
 
 @pytest.mark.parametrize("axis", ["data", "fsdp", "expert", "context"])

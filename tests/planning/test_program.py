@@ -82,7 +82,7 @@ def test_a_ring_shows_its_overlap():
     lines.remove(work)
     lines.insert(done, work)
     assert overlaps("\n".join(lines))[0].work == ()
-    assert not counted("\n".join(lines), dict(pod().shape))[2][0].overlapped
+    assert not counted("\n".join(lines), dict(pod().shape)).collectives[0].overlapped
 
 
 def test_kernels_bring_their_own_count():
@@ -95,12 +95,12 @@ def test_kernels_bring_their_own_count():
     program = jax.jit(lambda *given: pallas_kernels.grouped_matmul(*given, transpose_rhs=True)).lower(*given).compile()
     text = program.as_text()
     assert text is not None
-    flops, _, _, unknown = counted(text, {})
-    assert flops == 2 * 1024 * 256 * 512
-    assert unknown == ("1 calls of the kernel gmm, 2.68e+08 FLOPs: rows of no group are counted like the others",)
+    found = counted(text, {})
+    assert found.flops == 2 * 1024 * 256 * 512
+    assert found.unknown == ("1 calls of the kernel gmm, 2.68e+08 FLOPs: rows of no group are counted like the others",)
     stripped = text.replace('"cost_estimate"', '"estimate"')
-    assert counted(stripped, {})[0] == 0
-    assert counted(stripped, {})[3] == ("1 calls of the kernel gmm: it carries no estimate of its FLOPs",)
+    assert counted(stripped, {}).flops == 0
+    assert counted(stripped, {}).unknown == ("1 calls of the kernel gmm: it carries no estimate of its FLOPs",)
 
 
 def test_attention_counts_the_half_of_the_scores_that_causality_leaves():
@@ -115,8 +115,8 @@ def test_attention_counts_the_half_of_the_scores_that_causality_leaves():
         text = jax.jit(kernel).lower(queries, keys, keys).compile().as_text()
     assert text is not None
     # Queries by keys, and what follows by values.
-    assert counted(text, {})[0] == 2 * (2 * 4 * 256 * 256 * 128) / 2
-    assert counted(text, {})[3] == ()
+    assert counted(text, {}).flops == 2 * (2 * 4 * 256 * 256 * 128) / 2
+    assert counted(text, {}).unknown == ()
 
 
 def test_a_loop_that_waits_for_data_is_counted_once_and_said():
@@ -125,9 +125,9 @@ def test_a_loop_that_waits_for_data_is_counted_once_and_said():
     program = jax.jit(lambda x, w: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ w, x)).lower(square, square)
     text = program.compile().as_text()
     assert text is not None
-    flops, _, _, unknown = counted(text, {})
-    assert flops == 2 * 256**3
-    assert len(unknown) == 1 and "its rounds are not known when compiled; counted once" in unknown[0]
+    found = counted(text, {})
+    assert found.flops == 2 * 256**3
+    assert len(found.unknown) == 1 and "its rounds are not known when compiled; counted once" in found.unknown[0]
 
 
 def test_what_does_not_fit_is_read_from_the_error():
@@ -167,6 +167,6 @@ ENTRY %main (x: bf16[8,128]) -> bf16[16,128] {{
   ROOT %gathered = bf16[16,128]{{1,0:T(8,128)(2,1)}} all-gather(%x), channel_id=1, replica_groups={groups}, dimensions={{0}}
 }}
 """
-    (found,) = counted(text, dict(data=1, fsdp=2, expert=1, context=1, tensor=2))[2]
+    (found,) = counted(text, dict(data=1, fsdp=2, expert=1, context=1, tensor=2)).collectives
     assert (found.kind, found.axes, found.count) == ("all-gather", axes, 1)
     assert found.bytes == 8 * 128 * 2 * (3 if len(axes) == 2 else 1)

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from qwen3_jax.chips import load_chips
-from qwen3_jax.planning.candidates import estimated
+from qwen3_jax.parallel.rules import RULES
+from qwen3_jax.planning.candidates import Named, estimated
 from qwen3_jax.planning.compile import Outcome
 from qwen3_jax.planning.efficiency import Efficiency
 from qwen3_jax.planning.page import chart, page
@@ -22,6 +23,7 @@ from tests.planning.jobs import job, mesh_on
 SURE = Efficiency(flops=0.5, hbm=0.5, links=0.5)
 PROGRAM = Program(
     flops=459e12,  # 2 s at half the peak of v5p
+    grouped_flops=0.0,
     hbm_bytes=2765e9 / 4,  # 0.5 s
     collectives=(
         Collective("all-gather", ("fsdp",), 10**11, 0, True),  # 2 s over 100 GB/s at half
@@ -40,7 +42,7 @@ ARGUMENTS = {"weights": 2 * 10**9, "optimizer": 4 * 10**9, "batch": 1000}
 def plan_of(*outcomes):
     mesh, topology = mesh_on("v5p:2x2x1", "fsdp=2,tensor=2")
     work = job()
-    chosen = [estimated(work, mesh, topology, SURE) for _ in outcomes]
+    chosen = [estimated(work, mesh, topology, SURE, Named("default", RULES)) for _ in outcomes]
     rows = ranked(work, topology, SURE, chosen, list(outcomes))
     return Plan("tiny", work, topology, SURE, 10, rows)
 
@@ -70,7 +72,7 @@ def test_flops_that_a_program_does_not_declare_are_the_analytic_ones():
     share = 4 * 1e6 / record(plan)["model_flops"]
     assert any(line.startswith(f"fsdp=2,tensor=2: the compiled program counts {share:.0%} of the FLOPs") for line in said)
     assert not any(
-        "that the model asks for" in line for line in assumptions(plan.job, plan.topology, SURE, plan_of(outcome()).rows[0])
+        "products take the analytic" in line for line in assumptions(plan.job, plan.topology, SURE, plan_of(outcome()).rows[0])
     )
 
 
@@ -79,10 +81,29 @@ def test_flops_far_beyond_the_model_s_are_pointed_at():
     row = plan.rows[0]
     many = plan_of(outcome(flops=3 * row.candidate.flops)).rows[0]
     assert any(
-        "counts 3.0 times the analytic model's FLOPs" in line for line in assumptions(plan.job, plan.topology, SURE, many)
+        "they are 3.0 times the analytic model's FLOPs" in line for line in assumptions(plan.job, plan.topology, SURE, many)
     )
     few = plan_of(outcome(flops=1.4 * row.candidate.flops)).rows[0]
     assert not any("times the analytic" in line for line in assumptions(plan.job, plan.topology, SURE, few))
+
+
+def test_rows_that_stay_empty_are_counted_and_not_timed():
+    """A fifth of the experts' buffers: of 400 TFLOP in their kernels 80, and 2 s become 379 / 459 of it."""
+    plan = plan_of(outcome(grouped_flops=400e12))
+    chosen = dataclasses.replace(plan.rows[0].candidate, filled=0.8)
+    (row,) = ranked(plan.job, plan.topology, SURE, [chosen], [outcome(grouped_flops=400e12)])
+    assert row.flops == pytest.approx(379e12) and row.time and row.time.compute == pytest.approx(2 * 379 / 459)
+    said = "\n".join(assumptions(plan.job, plan.topology, SURE, row))
+    assert "without the 20% of the experts' buffers that stay empty" in said
+    content = record(dataclasses.replace(plan, rows=[row]))["candidates"][0]
+    assert (content["flops"], content["timed_flops"]) == (459e12, pytest.approx(379e12))
+
+
+def test_permutes_in_two_directions_take_half_as_long():
+    permutes = Collective("collective-permute", ("fsdp",), 10**11, 0, True)
+    both = dataclasses.replace(permutes, ways=2.0)
+    times = [plan_of(outcome(collectives=(each,))).rows[0].moves[0].seconds for each in (permutes, both)]
+    assert times == pytest.approx([2, 1])
 
 
 def test_what_overlaps_is_hidden_up_to_the_work_beside_it():
@@ -148,6 +169,7 @@ def test_the_record_the_table_and_the_page_hold_the_same(tmp_path):
     content = json.loads(json.dumps(record(plan), allow_nan=False))
     best, full, none = content["candidates"]
     assert best["mesh"] == {"data": 1, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
+    assert best["rules_name"] == "default" and RULES.replace(**best["rules"]) == RULES and best["transport"] is None
     assert best["step_seconds"] == pytest.approx(2.1) and best["compile_seconds"] == 3.0
     assert best["collectives"][1]["kind"] == "all-reduce" and best["collectives"][1]["overlapped"] is False
     assert (full["fits"], full["flops"], none["fits"], none["reason"]) == (False, None, None, "stopped <after> 9 s & more")

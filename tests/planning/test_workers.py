@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from qwen3_jax.planning.candidates import estimated
+from qwen3_jax.parallel.rules import TRAIN_RULES
+from qwen3_jax.planning.candidates import Named, estimated
 from qwen3_jax.planning.compile import compile_all
 from qwen3_jax.planning.efficiency import Efficiency
 from qwen3_jax.planning.plan import PlanError, make_plan
@@ -40,7 +41,7 @@ def run(folder, monkeypatch, wishes=WISHES, **options):
     monkeypatch.setenv("PLAN_PID", str(folder / "pid"))
     work = job()
     pairs = [mesh_on("v5p:2x2x1", wish) for wish in wishes]
-    chosen = [estimated(work, mesh, topology, Efficiency()) for mesh, topology in pairs]
+    chosen = [estimated(work, mesh, topology, Efficiency(), Named("train", TRAIN_RULES)) for mesh, topology in pairs]
     return compile_all(work, pairs[0][1], chosen, command=[sys.executable, str(worker)], **options)
 
 
@@ -81,7 +82,8 @@ def test_an_interrupt_leaves_no_worker(tmp_path, monkeypatch):
 
 
 def request(**changes):
-    given = dict(config=TINY.to_hf(), mode="decode", batch=8, seq=64, remat="full", topology="v5e:2x2", slices=1, mesh="data=4")
+    given = dict(config=TINY.to_hf(), mode="decode", batch=8, seq=64, remat="full", topology="v5e:2x2", slices=1)
+    given |= dict(mesh="data=4", rules={})
     return given | changes
 
 
@@ -95,6 +97,13 @@ def test_a_worker_reads_what_it_compiles():
     # The compiler pads some arrays and leaves out what is not used.
     assert program["arguments"] == pytest.approx(sum(found["arguments"].values()), rel=0.05)
     assert program["flops"] > 0 and program["temporaries"] < program["arguments"]
+
+
+def test_a_worker_compiles_under_the_rules_that_it_is_given():
+    whole, split = (compiled_figures(request(rules=rules))["arguments"]["weights"] for rules in ({}, {"embed": ["data"]}))
+    words = 2 * 512 * 256  # and norms stay whole
+    norms = TINY.num_hidden_layers * 2 * (256 + 64) + 256
+    assert whole == 2 * TINY.num_params() and split == 2 * ((TINY.num_params() - words - norms) // 4 + words + norms)
 
 
 def test_a_worker_tells_what_is_refused_and_what_does_not_fit():
