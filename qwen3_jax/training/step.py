@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from qwen3_jax.config import Qwen3Config
+from qwen3_jax.model.abstract import abstract_model
 from qwen3_jax.model.transformer import Qwen3
-from qwen3_jax.parallel.abstract import abstract_model
 from qwen3_jax.parallel.mesh import mesh_of, on_mesh_of
 from qwen3_jax.parallel.rules import RULES, Rules
 from qwen3_jax.training.losses import balance_of_counts, mean_loss
