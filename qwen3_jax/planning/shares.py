@@ -49,7 +49,7 @@ def shares(job: Job, mesh: Mesh | AbstractMesh) -> Shares:
     rules = fitted(RULES, job.config, mesh)
     if not job.trains:  # a call with a cache keeps sequences whole
         rules = rules.replace(seq=None)
-    check_batch(rules, mesh, job.batch, 1 if job.mode == "decode" else job.seq, context=job.trains)
+    check_batch(rules, mesh, job.batch, job.seq)
     names = ("batch", "seq", "heads", "kv_heads", "mlp", "experts", "embed", "vocab")
     return Shares(dict(mesh.shape), **{name: rules.shards(name, mesh) for name in names})
 
