@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from qwen3_jax.generation.loop import generate as generate
     from qwen3_jax.generation.sample import Sampling as Sampling
     from qwen3_jax.generation.score import score as score
+    from qwen3_jax.model.abstract import abstract_model as abstract_model
     from qwen3_jax.model.transformer import Qwen3 as Qwen3
-    from qwen3_jax.parallel.abstract import abstract_model as abstract_model
     from qwen3_jax.parallel.batches import global_batch as global_batch
     from qwen3_jax.parallel.batches import process_rows as process_rows
     from qwen3_jax.parallel.mesh import make_mesh as make_mesh
@@ -42,7 +42,7 @@ _HOMES = {
     "Sampling": "generation.sample",
     "ThinkingBudget": "generation.budget",
     "TrainState": "training.step",
-    "abstract_model": "parallel.abstract",
+    "abstract_model": "model.abstract",
     "adamw": "training.optimizer",
     "cross_entropy": "training.losses",
     "from_pretrained": "checkpoint.pretrained",

@@ -288,16 +288,12 @@ class Qwen3Config:
 
         return preset(name)
 
-    def block_kind(self, layer: int) -> BlockKind:
-        """What layer number `layer` (from 0) is made of.
+    def block_kinds(self) -> tuple[BlockKind, ...]:
+        """What each layer is made of, in order.
 
         A window slides over the layers from max_window_layers on in a dense model and over every layer of a
         mixture of experts, as in transformers, whose `Qwen3MoeModel` has one mask for all.
         """
-        return self.block_kinds()[layer]
-
-    def block_kinds(self) -> tuple[BlockKind, ...]:
-        """What each layer is made of, in order."""
         return _block_kinds(self)
 
     def segments(self) -> tuple[Segment, ...]:

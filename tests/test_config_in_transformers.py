@@ -45,8 +45,7 @@ def test_they_read_our_model(name, version):
     assert read["parameters"] == config.num_params()
     assert read["dtype"] == config.dtype
     assert len(read["layers"]) == config.num_hidden_layers
-    for layer, found in enumerate(read["layers"]):
-        kind = config.block_kind(layer)
+    for layer, (kind, found) in enumerate(zip(config.block_kinds(), read["layers"], strict=True)):
         window = config.sliding_window if kind.sliding else None
         assert found == {"moe": kind.mlp == "moe", "window": window, "biases": config.attention_bias}, layer
     for key, value in read["keys"].items():

@@ -51,7 +51,7 @@ def measure_ours(name: str, dtype: str, repeats: int) -> dict[str, list[float]]:
 
     from qwen3_jax import generate, init_cache
     from qwen3_jax.generation.unstack import views
-    from qwen3_jax.parallel.abstract import abstract_model
+    from qwen3_jax.model.abstract import abstract_model
 
     shapes, kind = abstract_model(config_of(name), dtype=jnp.dtype(dtype)), jnp.dtype(dtype)
     # One small random block repeated: drawing ten gigabytes would take longer than the measurement.

@@ -27,8 +27,8 @@ from qwen3_jax.checkpoint.store import chunk_files, create_store, write_store
 from qwen3_jax.checkpoint.tensor import Box, Place
 from qwen3_jax.checkpoint.together import Team, team_of
 from qwen3_jax.checkpoint.weights import Form, SavesItself, Weights, check_form, check_memory, stream, write_beside
+from qwen3_jax.model.abstract import abstract_model
 from qwen3_jax.model.transformer import Qwen3
-from qwen3_jax.parallel.abstract import abstract_model
 from qwen3_jax.parallel.mesh import mesh_of
 from qwen3_jax.parallel.rules import RULES, Rules
 

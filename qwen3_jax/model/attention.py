@@ -118,7 +118,7 @@ def attend(
             cache = KeyValues(_written(cache.k, k, layer, places.starts), _written(cache.v, v, layer, places.starts))
         if cache is not None and not places.fresh:
             k, v = (jax.lax.dynamic_index_in_dim(side, layer, keepdims=False).astype(q.dtype) for side in (cache.k, cache.v))
-        k, v, key_segments = keys_for_shard(q, k, v, places.key_segments, reads_cache=cache is not None and not places.fresh)
+        k, v, key_segments = keys_for_shard(q, k, v, places.key_segments)
         out = pallas_kernels.attention(
             q,
             k,

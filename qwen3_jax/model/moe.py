@@ -80,7 +80,10 @@ class MoE(nnx.Module):
     def route(self, logits: Float[Array, "*B E"]) -> tuple[Float[Array, "*B E"], Float[Array, "*B k"], Int[Array, "*B k"]]:
         """Float32 probabilities of all experts (softmax), weights and indices of each token's own (the k largest)."""
         probabilities = jax.nn.softmax(logits, axis=-1)
-        weights, experts = jax.lax.top_k(probabilities, self.top_k)
+        _, experts = jax.lax.top_k(jax.lax.stop_gradient(probabilities), self.top_k)
+        # Comparisons again, for their gradient: that of top_k's own values is a scatter, which a TPU sorts for.
+        chosen = experts[..., None] == jnp.arange(probabilities.shape[-1])
+        weights = jnp.where(chosen, probabilities[..., None, :], 0).sum(axis=-1)
         if self.normalise:
             weights = weights / weights.sum(-1, keepdims=True)
         return probabilities, weights, experts

@@ -74,8 +74,7 @@ def spread(
         sin=along(places.sin),
         slots=along(places.slots),
         segments=along(places.segments),
-        # A cache's slots are whole on every shard.
-        key_segments=places.key_segments if cache is not None and not fresh else along(places.key_segments),
+        key_segments=along(places.key_segments),
     )
     return along(placed(tokens, "batch", None)), places, rows
 

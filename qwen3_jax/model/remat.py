@@ -9,8 +9,11 @@ from typing import Any
 
 import jax
 
-# The tensors that the modules name by `checkpoint_name`.
-NAMES = ("attention_q", "attention_k", "attention_v", "attention_out", "mlp_gate", "mlp_up", "moe_gate", "moe_up")
+from qwen3_jax.parallel.rules import meshless
+
+# The tensors that the modules name by `checkpoint_name`. On a mesh experts have a backward pass of their own, which keeps none.
+EXPERTS = ("moe_gate", "moe_up")
+NAMES = ("attention_q", "attention_k", "attention_v", "attention_out", "mlp_gate", "mlp_up", *EXPERTS)
 
 
 def rematerialised(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
@@ -18,26 +21,19 @@ def rematerialised(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
 
     Args:
         body: a function of one scan step.
-        policy: `none`, `full`, `save:NAMES` or `offload:NAMES`, the names separated by commas, out of NAMES.
+        policy: as of `check_policy`.
 
     Returns:
         The body, wrapped by jax.checkpoint unless the policy is `none`.
 
     Raises:
-        ValueError: a policy or name that is not one of these.
+        ValueError: a policy or name that is not accepted here.
     """
-    if policy == "none":
+    kind, names = check_policy(policy, on_mesh=not meshless())
+    if kind == "none":
         return body
-    if policy == "full":
+    if kind == "full":
         return jax.checkpoint(body, prevent_cse=False)
-    kind, _, listed = policy.partition(":")
-    names = tuple(name.strip() for name in listed.split(",") if name.strip())
-    unknown = [name for name in names if name not in NAMES]
-    if kind not in ("save", "offload") or not names or unknown:
-        raise ValueError(
-            f"remat policy {policy!r}: accepted are none, full, save:NAMES and offload:NAMES with names out of "
-            f"{', '.join(NAMES)}" + (f"; unknown: {', '.join(unknown)}" if unknown else "")
-        )
     if kind == "save":
         saved = jax.checkpoint_policies.save_only_these_names(*names)
     else:
@@ -48,3 +44,31 @@ def rematerialised(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
             offload_dst="pinned_host",
         )
     return jax.checkpoint(body, prevent_cse=False, policy=saved)
+
+
+def check_policy(policy: str, *, on_mesh: bool) -> tuple[str, tuple[str, ...]]:
+    """Refuse what is no policy.
+
+    Args:
+        policy: `none`, `full`, `save:NAMES` or `offload:NAMES`, the names separated by commas, out of NAMES.
+        on_mesh: whether the model lies on a mesh, where names out of EXPERTS would keep nothing.
+
+    Returns:
+        The policy's kind, and its names.
+
+    Raises:
+        ValueError: a policy or name that is not one of these.
+    """
+    if policy in ("none", "full"):
+        return policy, ()
+    kind, _, listed = policy.partition(":")
+    names = tuple(name.strip() for name in listed.split(",") if name.strip())
+    accepted = [name for name in NAMES if not (on_mesh and name in EXPERTS)]
+    refused = [name for name in names if name not in accepted]
+    if kind not in ("save", "offload") or not names or refused:
+        why = "unknown" if set(refused) - set(EXPERTS) else "on a mesh experts keep nothing but their inputs"
+        raise ValueError(
+            f"remat policy {policy!r}: accepted are none, full, save:NAMES and offload:NAMES with names out of "
+            f"{', '.join(accepted)}" + (f"; {why}: {', '.join(refused)}" if refused else "")
+        )
+    return kind, names

@@ -168,7 +168,7 @@ class Qwen3(nnx.Module):
         rules = self.rules if cache is None else self.rules.replace(seq=None)
         with use_rules(rules):
             if not meshless():
-                check_batch(rules, jax.sharding.get_abstract_mesh(), *tokens.shape, context=cache is None)
+                check_batch(rules, jax.sharding.get_abstract_mesh(), *tokens.shape)
             return self._run(tokens, positions, segment_ids, cache, output, fresh, remat, layers)
 
     def _run(

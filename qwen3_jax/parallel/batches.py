@@ -24,7 +24,7 @@ def process_rows(mesh: Mesh, rows: int, rules: Rules = RULES) -> np.ndarray:
     Raises:
         MeshError: the mesh does not share out that many rows.
     """
-    check_batch(rules, mesh, rows, 1, context=False)
+    check_batch(rules, mesh, rows)
     held = NamedSharding(mesh, rules.spec("batch", mesh=mesh)).addressable_devices_indices_map((rows,)).values()
     return np.unique(np.concatenate([np.arange(rows)[index] for index in held]))
 

@@ -40,7 +40,8 @@ def local_experts(
     """
     order, sizes = _sorted(ids, weights[0].shape[-3])
     out = _products(weights, x[order // ids.shape[1]], sizes, layer)
-    out = out[jnp.argsort(order)].reshape(*ids.shape, x.shape[1])
+    places = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
+    out = out[places].reshape(*ids.shape, x.shape[1])
     return jnp.einsum("mkd,mk->md", out, routing.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
 
 
@@ -125,7 +126,7 @@ class Window:
     """Some of the rows that are sorted by expert."""
 
     def __init__(self, index: Int[Array, " R"], sizes: Int[Array, " E"], top_k: int):
-        """index: into tokens x top_k, out of bounds where there is no row; sizes: rows of each expert among them."""
+        """index: into tokens x top_k, no two alike, out of bounds where there is no row; sizes: rows of each expert in it."""
         self.index, self.sizes, self.token = index, sizes, index // top_k
 
     def rows(self, x: Float[Array, "M D"]) -> Float[Array, "R D"]:
@@ -160,7 +161,9 @@ class Window:
 
     def added_weights(self, total: Float[Array, "M k"], weights: Float[Array, " R"]) -> Float[Array, "M k"]:
         """Sums over tokens' weights with each row's part added."""
-        return total.reshape(-1).at[self.index].add(weights.astype(total.dtype), mode="drop").reshape(total.shape)
+        # No two rows are one: without the word a TPU sorts them first.
+        sums = total.reshape(-1).at[self.index].add(weights.astype(total.dtype), mode="drop", unique_indices=True)
+        return sums.reshape(total.shape)
 
 
 def _windows(
@@ -173,8 +176,7 @@ def _windows(
 
     def window(first: Any) -> Window:
         place = first + jnp.arange(capacity, dtype=jnp.int32)
-        index = order.at[place].get(mode="fill", fill_value=order.size)
-        index = jnp.where(place < count, index, order.size)
+        index = jnp.where(place < count, order.at[place].get(mode="clip"), order.size + place)
         part = jnp.diff(jnp.clip(ends - first, 0, capacity), prepend=0)
         return Window(index, part.astype(jnp.int32), ids.shape[1])
 
@@ -194,7 +196,12 @@ def _sorted(ids: Int[Array, "M k"], experts: int) -> tuple[Int[Array, "R"], Int[
     """Rows in the order of their experts, those of none behind; and the number of each expert's."""
     flat = ids.reshape(-1)
     flat = jnp.where((flat >= 0) & (flat < experts), flat, experts)
-    order = jnp.argsort(flat)  # stable: equal inputs take equal paths
+    if (experts + 1) * flat.size < 2**31:
+        # Expert and row as one number: a sort of two operands in a stable order takes a TPU four times as long to compile.
+        rows = jnp.arange(flat.size, dtype=jnp.int32)
+        order = jax.lax.sort(flat.astype(jnp.int32) * flat.size + rows, is_stable=False) % flat.size
+    else:
+        order = jnp.argsort(flat)  # stable: equal inputs take equal paths
     # Comparisons and sums rather than bincount's scatter, which a TPU does one by one.
     sizes = (flat[:, None] == jnp.arange(experts)).sum(axis=0, dtype=jnp.int32)
     return order.astype(jnp.int32), sizes

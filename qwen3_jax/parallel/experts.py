@@ -30,7 +30,7 @@ from qwen3_jax.parallel.fit import check_batch, fitted
 from qwen3_jax.parallel.rules import RULES, Rules, active_rules, meshless
 
 logger = logging.getLogger(__name__)
-AXES = (("experts", "mlp", "embed"), ("experts", "mlp", "embed"), ("experts", "embed", "mlp"))
+WEIGHT_AXES = (("experts", "mlp", "embed"), ("experts", "mlp", "embed"), ("experts", "embed", "mlp"))
 
 
 def apply_experts(
@@ -140,9 +140,9 @@ def dispatch_for(
         MeshError: the model or the rows do not fit the mesh.
     """
     rules = fitted(rules, config, mesh)
-    check_batch(rules, mesh, batch, length, context=True)
+    check_batch(rules, mesh, batch, length)
     sizes = dict(experts=config.num_experts, mlp=config.moe_intermediate_size, embed=config.hidden_size)
-    weights = tuple(jax.ShapeDtypeStruct([sizes[name] for name in names], dtype) for names in AXES)
+    weights = tuple(jax.ShapeDtypeStruct([sizes[name] for name in names], dtype) for names in WEIGHT_AXES)
     x = jax.ShapeDtypeStruct((batch, length, config.hidden_size), dtype)
     return _layout(rules, mesh, weights, x, config.num_experts_per_tok).choice
 
@@ -150,7 +150,7 @@ def dispatch_for(
 def _layout(rules: Rules, mesh: Mesh | AbstractMesh, weights: Any, x: Any, top_k: int) -> Layout:
     stacked = weights[0].ndim == 4
     leading = ("layers",) if stacked else ()
-    specs = tuple(rules.spec(*leading, *names, mesh=mesh) for names in AXES)
+    specs = tuple(rules.spec(*leading, *names, mesh=mesh) for names in WEIGHT_AXES)
 
     def axes_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
         axes = (part,) if isinstance(part, str) else part or ()
@@ -258,7 +258,7 @@ def _gradients(layout: Layout, weights: Weights, x: Any, routing: Any, ids: Any,
     d_x, d_routing = _summed(d_x, layout.width), _summed(d_routing, layout.width)
     d_weights = tuple(
         _scattered(layout, part, weight, names.index("embed"), layer)
-        for part, weight, names in zip(d_whole, weights, AXES, strict=True)
+        for part, weight, names in zip(d_whole, weights, WEIGHT_AXES, strict=True)
     )
     return d_weights, d_x.astype(x.dtype).reshape(x.shape), d_routing.reshape(routing.shape).astype(routing.dtype)
 
@@ -283,7 +283,7 @@ def _gathered(layout: Layout, weights: Weights, layer: Any, dtype: Any) -> Weigh
         weight = pallas_kernels.cast(weight, dtype)  # a plain conversion would be one of all layers
         return jax.lax.all_gather(weight, layout.embed, axis=axis, tiled=True) if layout.embed else weight
 
-    return tuple(one(weight, names.index("embed")) for weight, names in zip(weights, AXES, strict=True))
+    return tuple(one(weight, names.index("embed")) for weight, names in zip(weights, WEIGHT_AXES, strict=True))
 
 
 def _scattered(layout: Layout, d_whole: Any, weight: Any, axis: int, layer: Any) -> Any:

@@ -67,22 +67,21 @@ def _split(rules: Rules, mesh: Mesh | AbstractMesh, name: str) -> tuple[str, ...
     return tuple(axis for axis in rules.axes(name, mesh) if mesh.shape[axis] > 1)
 
 
-def check_batch(rules: Rules, mesh: Mesh | AbstractMesh, batch: int, length: int, context: bool) -> None:
+def check_batch(rules: Rules, mesh: Mesh | AbstractMesh, batch: int, length: int | None = None) -> None:
     """Refuse rows that a mesh cannot share out.
 
     Args:
         rules: the table.
         mesh: the mesh.
         batch: rows.
-        length: tokens per row.
-        context: whether sequences are split.
+        length: tokens per row; None where no row is cut.
 
     Raises:
         MeshError: the arithmetic.
     """
     _divides(rules, mesh, "batch", batch, "rows")
     shards = rules.shards("seq", mesh)
-    if context and shards > 1 and length % (2 * shards):
+    if length is not None and shards > 1 and length % (2 * shards):
         over = _said(rules, mesh, "seq")
         raise MeshError(f"{length} tokens per row over {over}: accepted is a multiple of {2 * shards}, two pieces a shard")
 

@@ -12,20 +12,18 @@ def keys_for_shard(
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
     segments: Int[Array, "B S"],
-    *,
-    reads_cache: bool,
 ) -> tuple[Float[Array, "B k s H"], Float[Array, "B k s H"], Int[Array, "B s"]]:
     """Keys and values for the queries at hand; for use inside shard_map, and without a mesh, where it gives what it gets.
 
     Where key heads are fewer than the shards of query heads every shard holds them all, and takes out those that its query
-    heads read. Where the sequence is split its parts, in the order of `zigzag`, are gathered and put in the order of the text.
+    heads read. Where the sequence is split its parts, in the order of `zigzag`, are gathered and put in the order of the text;
+    the rules of a call with a cache split none.
 
     Args:
         q: this shard's queries.
         k: this shard's keys.
         v: this shard's values.
         segments: documents of this shard's keys.
-        reads_cache: the keys are a cache's, whole along the sequence on every shard.
 
     Returns:
         Keys, values, and the keys' documents.
@@ -41,7 +39,7 @@ def keys_for_shard(
         k, v = (jax.lax.dynamic_slice_in_dim(side, first, count, axis=1) for side in (k, v))
     context = rules.axes("seq", mesh)
     parts = rules.shards("seq", mesh)
-    if parts > 1 and not reads_cache:
+    if parts > 1:
         k, v = (_in_order(jax.lax.all_gather(side, context, axis=2, tiled=True), 2, parts) for side in (k, v))
         segments = _in_order(jax.lax.all_gather(segments, context, axis=1, tiled=True), 1, parts)
     return k, v, segments

@@ -113,7 +113,7 @@ def all_to_all(
     tokens, shards = goes.shape
     counts = goes.sum(axis=0, dtype=jnp.int32)
     # turn[s, i]: the i-th token that goes to shard s; M where there is none.
-    turn = jnp.sort(jnp.where(goes.T, jnp.arange(tokens, dtype=jnp.int32), tokens), axis=1)
+    turn = jax.lax.sort(jnp.where(goes.T, jnp.arange(tokens, dtype=jnp.int32), tokens), dimension=1, is_stable=False)
     turn = jnp.pad(turn, ((0, 0), (0, quota)), constant_values=tokens)
     needed = jax.lax.pmax(-(-counts.max() // quota), everywhere)
     needed = needed if rounds is None else jnp.minimum(needed, rounds)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from qwen3_jax.parallel.rules import Rules, active_rules, meshless, spec, use_rules
 from qwen3_jax.parallel.vocabulary import vocabulary_axes
 
-LOGITS = 2**24  # float32 logits of a block on a shard: 64 MiB
+LOGITS = 2**25  # float32 logits of a block on a shard: 128 MiB
 
 
 def word_losses(

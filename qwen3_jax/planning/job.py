@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal, get_args
 
 from qwen3_jax.config import Qwen3Config
-from qwen3_jax.model.remat import rematerialised
+from qwen3_jax.model.remat import check_policy
 
 Mode = Literal["train", "lora", "prefill", "decode"]
 
@@ -40,7 +40,7 @@ class Job:
         for name in ("batch", "seq"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} is {getattr(self, name)}: accepted is a whole number from 1")
-        rematerialised(lambda: None, self.remat)  # refuses what is no policy
+        check_policy(self.remat, on_mesh=True)
 
     @property
     def trains(self) -> bool:

@@ -10,9 +10,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen3_jax.generation.cache import init_cache
+from qwen3_jax.model.abstract import abstract_model
 from qwen3_jax.model.cache import Cache
 from qwen3_jax.model.transformer import Qwen3
-from qwen3_jax.parallel.abstract import abstract_model
 from qwen3_jax.parallel.rules import RULES, Rules
 from qwen3_jax.planning.job import Job
 from qwen3_jax.training.optimizer import adamw

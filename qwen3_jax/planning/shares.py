@@ -100,7 +100,7 @@ def shares(job: Job, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Shares:
     rules = fitted(rules, config, mesh)
     if not job.trains:  # a call with a cache keeps sequences whole
         rules = rules.replace(seq=None)
-    check_batch(rules, mesh, job.batch, length, context=job.trains)
+    check_batch(rules, mesh, job.batch, length)
     names = ("batch", "seq", "heads", "kv_heads", "mlp", "experts", "vocab")
     parts = {name: rules.shards(name, mesh) for name in names}
 

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from qwen3_jax.config import Qwen3Config
+from qwen3_jax.model.abstract import abstract_model
 from qwen3_jax.model.transformer import Qwen3
-from qwen3_jax.parallel.abstract import abstract_model
-from qwen3_jax.parallel.mesh import mesh_of, on_mesh_of
+from qwen3_jax.parallel.mesh import MeshError, mesh_of, on_mesh_of, said
 from qwen3_jax.parallel.rules import RULES, Rules
 from qwen3_jax.training.losses import balance_of_counts, mean_loss
 
@@ -84,8 +84,11 @@ def trained_model(config: Qwen3Config, state: TrainState, *, dtype: DTypeLike = 
 
     Returns:
         The model; it shares the state's arrays.
+
+    Raises:
+        MeshError: the state lies otherwise than these rules say.
     """
-    return nnx.merge(_graph(config, mesh_of(state.params), rules, jnp.dtype(dtype)), state.params)
+    return nnx.merge(_graph_for(state.params, config, rules, jnp.dtype(dtype)), state.params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,16 +97,28 @@ class TrainStep:
 
     Attributes:
         jitted: the step as a jitted function of state, batch and graph.
-        graph: all of the model but its parameters, for a mesh.
+        graph: all of the model but its parameters, for a state's.
     """
 
     jitted: Any
-    graph: Callable[[Mesh | None], Any]
+    graph: Callable[[Any], Any]
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One step: the next state, and metrics. The state given is donated."""
+        """One step: the next state, and metrics. The state given is donated.
+
+        Args:
+            state: before the step.
+            batch: its rows.
+
+        Returns:
+            As `make_train_step` says.
+
+        Raises:
+            MeshError: the state lies otherwise than the step's rules say.
+        """
+        graph = self.graph(state.params)
         with on_mesh_of(state.params):
-            return self.jitted(state, batch, self.graph(mesh_of(state.params)))
+            return self.jitted(state, batch, graph)
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         """The step's program, to be compiled.
@@ -114,15 +129,43 @@ class TrainStep:
 
         Returns:
             What `.compile()` makes a program of.
+
+        Raises:
+            MeshError: the state lies otherwise than the step's rules say.
         """
+        graph = self.graph(state.params)
         with on_mesh_of(state.params):
-            return self.jitted.lower(state, batch, self.graph(mesh_of(state.params)))
+            return self.jitted.lower(state, batch, graph)
 
 
 @functools.cache
-def _graph(config: Qwen3Config, mesh: Mesh | None, rules: Rules, dtype: jnp.dtype) -> Any:
-    """All of a model but its parameters: what a mesh and the rules make of the config."""
-    return nnx.split(abstract_model(config, mesh, rules=rules, dtype=dtype), nnx.Param)[0]
+def _split(config: Qwen3Config, mesh: Mesh | None, rules: Rules, dtype: jnp.dtype) -> tuple[Any, dict[str, Any]]:
+    """What a mesh and the rules make of the config: all of a model but its parameters, and their shardings by name."""
+    graph, params = nnx.split(abstract_model(config, mesh, rules=rules, dtype=dtype), nnx.Param)
+    return graph, {name: leaf.sharding for name, leaf in _named(params)}
+
+
+def _named(params: Any) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [(jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"), leaf) for path, leaf in leaves]
+
+
+def _graph_for(params: Any, config: Qwen3Config, rules: Rules, dtype: jnp.dtype) -> Any:
+    """All of the model but these parameters, which must lie as the rules say: no layer looks at how its weights do."""
+    mesh = mesh_of(params)
+    graph, wanted = _split(config, mesh, rules, dtype)
+    if mesh is None:
+        return graph
+    for name, leaf in _named(params):
+        rule = wanted.get(name)
+        if rule is None or leaf.sharding == rule or leaf.sharding.is_equivalent_to(rule, leaf.ndim):
+            continue
+        found = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else leaf.sharding
+        raise MeshError(
+            f"parameter {name} lies as {found} on {said(mesh)}, and the rules say {rule.spec}: accepted are the rules "
+            "that the model was made with"
+        )
+    return graph
 
 
 def make_train_step(
@@ -168,7 +211,7 @@ def make_train_step(
         metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
-    return TrainStep(step, lambda mesh: _graph(config, mesh, rules, jnp.dtype(dtype)))
+    return TrainStep(step, functools.partial(_graph_for, config=config, rules=rules, dtype=jnp.dtype(dtype)))
 
 
 def shares(counts: Float[Array, "L E"]) -> Float[Array, "L E"]:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qwen3_jax import Qwen3, Qwen3Config, abstract_model, init_cache
-from qwen3_jax.model.remat import NAMES
+from qwen3_jax import Qwen3, Qwen3Config, abstract_model, init_cache, make_mesh
+from qwen3_jax.model.remat import NAMES, rematerialised
 from qwen3_jax.parallel.rules import RULES
 from tests.model.models import CONFIGS, EXPERTS, SHAPE, random_model, random_tokens
 
@@ -71,6 +71,15 @@ def test_a_policy_decides_what_the_backward_pass_keeps():
 
     assert kept("full") == 0
     assert kept("save:mlp_gate,mlp_up") > kept("save:mlp_gate") > 0
+
+
+@pytest.mark.parametrize(
+    "policy, says", [("save:moe_up,mlp_up", "experts keep nothing but their inputs: moe_up$"), ("save:mo", "unknown: mo$")]
+)
+def test_names_that_keep_nothing_on_a_mesh_are_refused(policy, says):
+    """Experts have a backward pass of their own there; the message names what is left."""
+    with jax.set_mesh(make_mesh("expert=8")), pytest.raises(ValueError, match=f"out of attention_q, .*, mlp_up; .*{says}"):
+        rematerialised(lambda: None, policy)
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qwen3_jax import make_mesh
 from qwen3_jax.parallel import expert_rows
 from qwen3_jax.parallel.dispatch import TRANSPORTS, Dispatch
-from qwen3_jax.parallel.experts import AXES, apply_experts
+from qwen3_jax.parallel.experts import WEIGHT_AXES, apply_experts
 from qwen3_jax.parallel.rules import RULES, use_rules
 from qwen3_jax.parallel.transports import exchange
 from qwen3_jax.planning.program import overlaps
@@ -53,7 +53,7 @@ def run(dispatch, weights, x, routing, ids):
 
 def on_mesh(mesh, dispatch, ids):
     rows = NamedSharding(mesh, RULES.spec("batch", "seq", None, mesh=mesh))
-    split = [NamedSharding(mesh, RULES.spec(*names, mesh=mesh)) for names in AXES]
+    split = [NamedSharding(mesh, RULES.spec(*names, mesh=mesh)) for names in WEIGHT_AXES]
     args = tuple(map(jax.device_put, weights(), split)), *jax.device_put((*tokens(), ids), rows)
     with jax.set_mesh(mesh):
         return run(dispatch, *args)

@@ -136,9 +136,9 @@ def test_key_heads_are_whole_wherever_query_heads_are_split_otherwise(asked):
 def test_rows_that_do_not_fit_and_experts_where_no_tokens_are():
     mesh = make_mesh("data=2,fsdp=2,context=2")
     with pytest.raises(MeshError, match="6 rows over data=2 x fsdp=2 = 4 shards: 6 / 4 leaves 2"):
-        check_batch(RULES, mesh, 6, 64, context=True)
+        check_batch(RULES, mesh, 6, 64)
     with pytest.raises(MeshError, match="6 tokens per row over context=2: accepted is a multiple of 4"):
-        check_batch(RULES, mesh, 8, 6, context=True)
+        check_batch(RULES, mesh, 8, 6)
     with pytest.raises(MeshError, match="experts over tensor: accepted are axes that tokens are split over"):
         fitted(RULES.replace(experts="tensor", mlp=None), CONFIGS["moe"], make_mesh("data=4,tensor=2"))
 

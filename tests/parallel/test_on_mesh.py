@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qwen3_jax import Batch, Qwen3, abstract_model, adamw, init_cache, init_train_state, make_mesh, make_train_step
 from qwen3_jax.parallel import word_losses
 from qwen3_jax.parallel.dispatch import Dispatch
+from qwen3_jax.parallel.mesh import MeshError
 from qwen3_jax.parallel.rules import RULES, Rules
 from qwen3_jax.training.losses import cross_entropy, load_balancing_loss, mean_loss
 from qwen3_jax.training.step import TrainState, trained_model
@@ -164,6 +165,16 @@ def test_a_trained_model_keeps_the_rules_of_its_run():
     with jax.set_mesh(mesh):
         logits = jax.jit(lambda model: model(batch().tokens).logits)(model)
     np.testing.assert_allclose(logits, jax.jit(lambda model: model(batch().tokens).logits)(skewed("moe")), rtol=0, atol=1e-4)
+    says = r"parameter segments\.0\.blocks\.0\.moe\.down lies as P\(None, \('fsdp', 'expert'\), None, 'tensor'\) on a mesh of "
+    says += r"fsdp=4 x expert=2, and the rules say P\(None, 'expert', 'fsdp', 'tensor'\): accepted are the rules"
+    step = make_train_step(CONFIGS["moe"], adamw(1e-2), dtype=jnp.float32)
+    for call in (
+        lambda: step(state, batch()),
+        lambda: step.lower(state, batch()),
+        lambda: trained_model(CONFIGS["moe"], state),
+    ):
+        with pytest.raises(MeshError, match=says):
+            call()
 
 
 def test_a_cache_on_a_mesh():

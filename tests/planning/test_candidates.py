@@ -34,7 +34,7 @@ def test_every_mesh_is_of_all_devices_and_fits(name, mode, devices, batch, slice
         assert list(sizes) == list(AXES) and math.prod(sizes.values()) == devices and sizes["data"] % slices == 0
         mesh = AbstractMesh(tuple(sizes.values()), AXES)
         rules = fitted(RULES, work.config, mesh)  # raises where it does not fit
-        check_batch(rules, mesh, batch, 64, context=mode == "train")
+        check_batch(rules, mesh, batch, 64 if mode == "train" else None)
     assert len({tuple(sizes.values()) for sizes in found}) == len(found)
     assert found or refused is not None or devices % slices
 
