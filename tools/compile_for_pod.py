@@ -1,7 +1,8 @@
 r"""Compile a model's training step, prefill or decode for a pod that is not here, and print what a chip would hold.
 
-    .venv/bin/python tools/compile_for_pod.py qwen3-30b-a3b --topology v5p:2x2x4 --mesh expert=16 --batch 64 --seq 4096 \
-        --rule embed=fsdp+expert --rule vocab=fsdp+expert+tensor
+    .venv/bin/python tools/compile_for_pod.py qwen3-30b-a3b --topology v5p:2x2x4 --mesh expert=16 --batch 64 --seq 4096
+
+Training is compiled under TRAIN_RULES, prefill and decode under RULES; `--rule embed=fsdp` puts another row in place.
 
 `--buffers 20` lists the largest arrays at the moment when memory is fullest, with where they come from; `--memory-only` ends
 when the compiler has placed all buffers, after about a tenth of the time of a whole compilation.
@@ -86,7 +87,7 @@ def _compile(given: argparse.Namespace, folder: Path | None, start: float) -> in
 
     from qwen3_jax import Qwen3Config, make_mesh
     from qwen3_jax.config import RopeScaling
-    from qwen3_jax.parallel.rules import RULES
+    from qwen3_jax.parallel.rules import RULES, TRAIN_RULES
     from qwen3_jax.planning.job import Job
     from qwen3_jax.planning.programs import lowered
 
@@ -97,8 +98,7 @@ def _compile(given: argparse.Namespace, folder: Path | None, start: float) -> in
         original = config.max_position_embeddings
         scaling = RopeScaling(kind="yarn", factor=given.yarn, original_max_position_embeddings=original)
         config = dataclasses.replace(config, rope_scaling=scaling, max_position_embeddings=int(original * given.yarn))
-    wishes = (rule.partition("=") for rule in given.rule)
-    rules = RULES.replace(**{name: tuple(axes.split("+")) if axes else None for name, _, axes in wishes})
+    rules = (TRAIN_RULES if given.mode == "train" else RULES).replace_words(given.rule)
     slack = {} if given.slack is None else {"slack": given.slack}
     rules = dataclasses.replace(rules, dispatch=dataclasses.replace(rules.dispatch, transport=given.transport, **slack))
     topology = parse_topology(given.topology, given.slices)
