@@ -98,7 +98,7 @@ def _compile(given: argparse.Namespace, folder: Path | None, start: float) -> in
         original = config.max_position_embeddings
         scaling = RopeScaling(kind="yarn", factor=given.yarn, original_max_position_embeddings=original)
         config = dataclasses.replace(config, rope_scaling=scaling, max_position_embeddings=int(original * given.yarn))
-    rules = (TRAIN_RULES if given.mode == "train" else RULES).replace_words(given.rule)
+    rules = (TRAIN_RULES if given.mode == "train" else RULES).replace_rows(given.rule)
     slack = {} if given.slack is None else {"slack": given.slack}
     rules = dataclasses.replace(rules, dispatch=dataclasses.replace(rules.dispatch, transport=given.transport, **slack))
     topology = parse_topology(given.topology, given.slices)

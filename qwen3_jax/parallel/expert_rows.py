@@ -161,7 +161,7 @@ class Window:
 
     def added_weights(self, total: Float[Array, "M k"], weights: Float[Array, " R"]) -> Float[Array, "M k"]:
         """Sums over tokens' weights with each row's part added."""
-        # No two rows are one: without the word a TPU sorts them first.
+        # No two indices are alike, and a TPU that is not told so sorts them first.
         sums = total.reshape(-1).at[self.index].add(weights.astype(total.dtype), mode="drop", unique_indices=True)
         return sums.reshape(total.shape)
 

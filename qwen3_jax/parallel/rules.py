@@ -69,7 +69,7 @@ class Rules:
             table[name] = parts
         return dataclasses.replace(self, rows=tuple(table.items()))
 
-    def replace_words(self, rows: Iterable[str]) -> Rules:
+    def replace_rows(self, rows: Iterable[str]) -> Rules:
         """These rules with rows as a command line gives them.
 
         Args:

@@ -42,7 +42,7 @@ def tables(job: Job, rows: Sequence[str] = ()) -> list[Named]:
 
     Args:
         job: the job.
-        rows: as `Rules.replace_words` reads them, in place of rows of the mode's own table.
+        rows: as `Rules.replace_rows` reads them, in place of rows of the mode's own table.
 
     Returns:
         The mode's own table, TRAIN_RULES where there are gradients, with the rows given; without any, in training RULES too.
@@ -52,7 +52,7 @@ def tables(job: Job, rows: Sequence[str] = ()) -> list[Named]:
     """
     own = Named("train", TRAIN_RULES) if job.trains else Named("default", RULES)
     if rows:
-        return [Named(" ".join(rows), own.rules.replace_words(rows))]
+        return [Named(" ".join(rows), own.rules.replace_rows(rows))]
     return [own, Named("default", RULES)] if job.trains else [own]
 
 

@@ -206,19 +206,19 @@ def _dispatched(job: Job, cut: Shares) -> list[Traffic]:
     state = HALF * config.hidden_size
     journeys = [(state + 2 * FLOAT * k, state), (2 * state + 2 * FLOAT * k, state + FLOAT * k)]
     there, back = (t * sum(part) for part in zip(*journeys[: 2 if job.trains else 1], strict=True))
-    layers = sum(kind.mlp == "moe" for kind in config.block_kinds()) * (2 if job.trains else 1)
-    scale = layers / (2 if job.trains else 1)
+    layers = sum(kind.mlp == "moe" for kind in config.block_kinds())
+    count = layers * (2 if job.trains else 1)
     if choice.transport == "ring":
         ways = 1 if t % 2 else 2
-        sent = scale * (n * there + (n + 1) * back)
-        return [Traffic("collective-permute", cut.split, sent, layers * (2 * n + 1), True, "tokens and their sums", ways)]
+        sent = layers * (n * there + (n + 1) * back)
+        return [Traffic("collective-permute", cut.split, sent, count * (2 * n + 1), True, "tokens and their sums", ways)]
     if choice.transport == "gather":
         return [
-            Traffic("all-gather", cut.split, scale * (n - 1) * there, layers, False, "tokens"),
-            Traffic("reduce-scatter", cut.split, scale * (n - 1) * back, layers, False, "tokens' sums"),
+            Traffic("all-gather", cut.split, layers * (n - 1) * there, count, False, "tokens"),
+            Traffic("reduce-scatter", cut.split, layers * (n - 1) * back, count, False, "tokens' sums"),
         ]
     share = (n - 1) * (1 - (1 - 1 / n) ** k)
-    return [Traffic("ragged-all-to-all", cut.split, scale * share * (there + back), 2 * layers, False, "tokens and their sums")]
+    return [Traffic("ragged-all-to-all", cut.split, layers * share * (there + back), 2 * count, False, "tokens and their sums")]
 
 
 def device_memory(job: Job, cut: Shares) -> dict[str, float]:
