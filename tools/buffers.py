@@ -10,6 +10,7 @@ from pathlib import Path
 
 SMALL = 2**20  # bytes of a buffer that is not worth a row
 _SUFFIX = "after_optimizations-buffer-assignment.txt"
+_LATER = "after_optimizations_after_buffer_assignment.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +48,13 @@ class Memory:
 
 
 def dumped(folder: Path) -> Path | None:
-    """The dump of the largest program in a folder, once it is there."""
-    found = [
-        path for path in folder.glob(f"*{_SUFFIX}") if Path(str(path).replace(_SUFFIX, "after_optimizations.txt")).exists()
-    ]
-    return max(found, key=lambda path: path.stat().st_size, default=None)
+    """The dump of the largest program in a folder, once it is whole.
+
+    XLA writes the files that are read here side by side, and the text of what it does next (`_LATER`) after them.
+    """
+    found = [path for path in folder.glob(f"*{_SUFFIX}") if Path(str(path).replace(_SUFFIX, _LATER)).exists()]
+    whole = [path for path in found if program_text(path).endswith("}\n\n")]
+    return max(whole, key=lambda path: path.stat().st_size, default=None)
 
 
 def read_memory(path: Path) -> Memory:

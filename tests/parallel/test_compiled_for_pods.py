@@ -38,11 +38,12 @@ STATE = 3 * 26 + 2  # parameters and two moments of each, and two counts of step
 # topology, mesh, further options, the collectives that training must have, and MB that its temporaries stay under: 10 % more
 # than they were.
 EMBED = ("--rule=embed=fsdp+expert", "--rule=vocab=fsdp+expert+tensor")
+WHOLE = ("--rule=embed=fsdp", "--rule=vocab=fsdp+tensor")  # dense weights along expert, as RULES have them
 PODS = {
     "v5e": ("v5e:2x4", "fsdp=2,context=2,tensor=2", (), ("all-gather", "all-reduce"), 400),
     "v5p": ("v5p:2x2x1", "fsdp=2,expert=2", (*EMBED, "--transport=ring"), ("all-gather", "collective-permute"), 590),
     "v6e": ("v6e:2x2", "data=2,tensor=2", (), ("all-reduce",), 480),
-    "tpu7x": ("tpu7x:2x2x1", "fsdp=4,expert=2", (), ("all-gather", "reduce-scatter"), 435),
+    "tpu7x": ("tpu7x:2x2x1", "fsdp=4,expert=2", WHOLE, ("all-gather", "reduce-scatter"), 435),
 }
 
 
