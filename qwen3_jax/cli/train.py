@@ -1,0 +1,57 @@
+"""`qwen3-jax train RUN.toml [--section.key value ...]`: a run of training, or what it would be."""
+
+import sys
+from collections.abc import Sequence
+
+WIDEST = 160
+USAGE = """usage: qwen3-jax train RUN.toml [--print-config] [--dry-run] [--help-config] [--section.key value ...]
+
+Train by a run's file. --print-config shows every value and where it came from; --dry-run the mesh, the memory of a chip and
+the tokens, and starts nothing; --help-config every key with its unit. `--stages.general.batch 64` gives another value."""
+SWITCHES = ("--print-config", "--dry-run", "--help-config")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+        argv: the words after `qwen3-jax train`.
+
+    Returns:
+        Exit code.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    switches = [word for word in argv if word in SWITCHES]
+    words = [word for word in argv if word not in SWITCHES]
+
+    from rich.console import Console
+
+    from qwen3_jax.runs.resolve import resolve
+    from qwen3_jax.runs.show import config_table, keys_table
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.width = max(console.width, WIDEST)  # rows that a narrow terminal breaks are better than figures cut off
+    if "--help-config" in switches:
+        console.print(keys_table())
+        return 0
+    if not words or words[0].startswith("--"):
+        print(
+            f"qwen3-jax train: no run is named: accepted is a TOML file first, found {' '.join(words) or 'nothing'}",
+            file=sys.stderr,
+        )
+        return 2
+    resolved = resolve(words[0], words[1:])
+    if "--print-config" in switches:
+        console.print(config_table(resolved))
+    if "--dry-run" in switches:
+        from qwen3_jax.runs.dry_run import dry_run, need_tables
+
+        need = dry_run(resolved.run)
+        for table in need_tables(resolved.run, need):
+            console.print(table)
+        return 0 if need.hbm is None or need.bytes <= need.hbm else 1
+    if switches:
+        return 0
+    raise ValueError("training by a file is not built yet: accepted are --print-config, --dry-run and --help-config")
