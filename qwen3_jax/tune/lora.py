@@ -1,0 +1,193 @@
+"""LoRA: a pair of low rank beside each matrix of attention, MLP and experts; the model itself stays frozen.
+
+Router, norms, embeddings and the output table have none: a router that learns sends tokens elsewhere while its experts learn
+for them, and a row of a table is read by few tokens.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+
+from qwen3_jax.checks import ConfigError, above, at_least, check_fields, shown
+from qwen3_jax.model.adapter import Adapter
+from qwen3_jax.model.param import ExpertParam
+from qwen3_jax.model.transformer import Qwen3
+from qwen3_jax.parallel.mesh import on_mesh_of
+from qwen3_jax.parallel.rules import meshless, use_rules
+
+# A layer's matrices: the module and the name that each has in it.
+MATRICES = {
+    "attention": ("q", "k", "v", "o"),
+    "mlp": ("gate", "up", "down"),
+    "moe": ("gate", "up", "down"),
+}
+TARGETS = (*MATRICES, *(f"{module}.{name}" for module, names in MATRICES.items() for name in names))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which matrices get a pair, of which rank; hashable. Called with a model it attaches them, to be trained or lowered.
+
+    Attributes:
+        rank: r.
+        alpha: the update's scale is alpha / rank.
+        targets: out of TARGETS: "attention", "mlp" (dense), "moe" (every expert), or single matrices of them, "attention.q".
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("attention", "mlp", "moe")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        at_least(self, 1, ("rank",))
+        above(self, 0, ("alpha",))
+        unknown = [target for target in self.targets if target not in TARGETS]
+        if unknown or not self.targets:
+            found = ", ".join(map(shown, unknown)) or "none"
+            raise ConfigError(f"targets: found {found}; accepted are {', '.join(TARGETS)}")
+
+    @property
+    def scale(self) -> float:
+        """What an update is multiplied by."""
+        return self.alpha / self.rank
+
+    def wants(self, module: str, name: str) -> bool:
+        """Whether a matrix gets a pair."""
+        return module in self.targets or f"{module}.{name}" in self.targets
+
+    def __call__(self, model: Qwen3) -> Qwen3:
+        """`attach` with key 0."""
+        return attach(model, self, jax.random.key(0))
+
+
+def attach(model: Qwen3, config: LoraConfig, key: jax.Array, *, param_dtype: DTypeLike = jnp.float32) -> Qwen3:
+    """The model with adapters, which change nothing yet: every b is 0.
+
+    Args:
+        model: without adapters; on a mesh they are laid out as it is.
+        config: which, and of which rank.
+        key: PRNG key; a matrix's draw depends on it and on the matrix's place, not on the other targets.
+        param_dtype: storage dtype of the adapters, whatever the model's is.
+
+    Returns:
+        A new model; it shares the given one's arrays.
+
+    Raises:
+        ValueError: the model has adapters already, or none of the targets.
+    """
+    if adapted(model):
+        raise ValueError("the model has adapters already: accepted is one without; `merge` makes one of it")
+    model = _copy(model)
+    count = 0
+    with on_mesh_of(model), use_rules(model.rules):
+        for number, (module, kind, name) in enumerate(_matrices(model)):
+            if not config.wants(kind, name):
+                continue
+            weight, outputs = _weight(module, name)
+            part = jax.random.fold_in(key, number)
+            pair = Adapter(weight, outputs, config.rank, config.scale, part, param_dtype=param_dtype)
+            _set_lora(module, name, pair)
+            count += 1
+    if not count:
+        raise ValueError(f"the model has none of the targets {', '.join(config.targets)}: a dense one has no moe, and no mlp "
+                         "has one whose layers are all mixtures of experts")
+    return model
+
+
+def merge(model: Qwen3) -> Qwen3:
+    """The model that the adapters make: each matrix W + scale * b a, computed in float32, in W's dtype.
+
+    Args:
+        model: with adapters.
+
+    Returns:
+        A new model without; what had no adapter it shares with the given one.
+
+    Raises:
+        ValueError: a model without adapters.
+    """
+    if not adapted(model):
+        raise ValueError("the model has no adapters: accepted is one that `attach` gave them")
+    model = _copy(model)
+    with on_mesh_of(model):
+        for module, _, name in _matrices(model):
+            pair = _lora(module, name)
+            if pair is not None:
+                weight, outputs = _weight(module, name)
+                weight.set_value(_merged(weight[...], pair.a[...], pair.b[...], pair.scale, outputs, isinstance(weight, ExpertParam)))
+                _set_lora(module, name, None)
+    return model
+
+
+def adapted(model: Qwen3) -> bool:
+    """Whether a model has adapters."""
+    return any(_lora(module, name) is not None for module, _, name in _matrices(model))
+
+
+def _copy(model: Qwen3) -> Qwen3:
+    """Modules of its own, the same arrays."""
+    return nnx.merge(*nnx.split(model))
+
+
+def _matrices(model: Qwen3) -> Iterator[tuple[Any, str, str]]:
+    """Every matrix that may have an adapter: its module, that module's name in its layer, and its own name."""
+    for unit in model.segments:
+        for block in unit.blocks:
+            for kind, names in MATRICES.items():
+                module = getattr(block, kind, None)
+                if module is not None:
+                    yield from ((module, kind, name) for name in names)
+
+
+# Experts' matrices are parameters of their module, all others are modules.
+def _weight(module: Any, name: str) -> tuple[nnx.Param, int]:
+    """A matrix, and how many axes its output has."""
+    found = getattr(module, name)
+    return (found, 1) if isinstance(found, nnx.Param) else (found.weight, found.outputs)
+
+
+def _lora(module: Any, name: str) -> Adapter | None:
+    found = getattr(module, name)
+    return getattr(module, f"{name}_lora") if isinstance(found, nnx.Param) else found.lora
+
+
+def _set_lora(module: Any, name: str, pair: Adapter | None) -> None:
+    found = getattr(module, name)
+    if isinstance(found, nnx.Param):
+        setattr(module, f"{name}_lora", nnx.data(pair))
+    else:
+        found.lora = nnx.data(pair)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _merged(weight: Any, a: Any, b: Any, scale: float, outputs: int, experts: bool) -> jax.Array:
+    """One layer after another: the float32 updates of all layers at once would take more memory than the weights."""
+    letters = "opqijk"[: weight.ndim - 1]
+    first, out = letters[:experts], letters[experts:][:outputs]
+    inner = letters[len(first + out) :]
+
+    def one(layer: tuple[Any, Any, Any]) -> jax.Array:
+        weight, a, b = layer
+        layout = None if meshless() else jax.typeof(weight).sharding.spec
+        if layout is not None:
+            by_letter = dict(zip(letters, layout, strict=True))
+            a, b = (jax.sharding.reshard(x, PartitionSpec(*map(by_letter.get, names)))
+                    for x, names in ((a, f"{first}r{inner}"), (b, f"{first}{out}r")))
+        update = jnp.einsum(
+            f"{first}{out}r,{first}r{inner}->{letters}",
+            b.astype(jnp.float32),
+            a.astype(jnp.float32),
+            precision="highest",
+            out_sharding=layout,
+        )
+        return (weight.astype(jnp.float32) + scale * update).astype(weight.dtype)
+
+    return jax.lax.map(one, (weight, a, b))
