@@ -15,6 +15,7 @@ from qwen3_jax.model.cache import Cache
 from qwen3_jax.model.transformer import Qwen3
 from qwen3_jax.parallel.rules import RULES, Rules
 from qwen3_jax.planning.job import Job
+from qwen3_jax.training.guard import init_guard
 from qwen3_jax.training.optimizer import adamw
 from qwen3_jax.training.step import Batch, TrainState, make_train_step
 
@@ -54,7 +55,8 @@ def _training(job: Job, mesh: Mesh, rules: Rules) -> Lowered:
     optimizer = adamw(1e-4)
     with jax.set_mesh(mesh):
         opt_state = _on(mesh, jax.eval_shape(optimizer.init, params))
-    state = TrainState(step=_array(mesh, (), jnp.int32), params=params, opt_state=opt_state)
+    guard = _on(mesh, jax.eval_shape(init_guard))
+    state = TrainState(step=_array(mesh, (), jnp.int32), params=params, opt_state=opt_state, guard=guard)
     shape = (job.batch, job.seq)
     batch = Batch(
         tokens=_rows(mesh, rules, shape, jnp.int32),

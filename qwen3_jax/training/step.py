@@ -11,14 +11,15 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
 
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.abstract import abstract_model
 from qwen3_jax.model.transformer import Qwen3
 from qwen3_jax.parallel.mesh import MeshError, mesh_of, on_mesh_of, said
 from qwen3_jax.parallel.rules import RULES, Rules
-from qwen3_jax.training.losses import balance_of_counts, mean_loss
+from qwen3_jax.training.guard import Guard, all_finite, chosen, init_guard
+from qwen3_jax.training.objective import BalanceOver, Objective, gradient
+from qwen3_jax.training.router import router_metrics
 
 Adapt = Callable[[Qwen3], Qwen3]  # hashable: a LoraConfig, which attaches adapters
 
@@ -32,12 +33,14 @@ class TrainState:
         step: int32 scalar, steps done.
         params: nnx.State of the parameters that are trained: every nnx.Param of the model, or its adapters.
         opt_state: the optimizer's.
+        guard: what is remembered of steps that were not finite, and the loss scale of float16.
         frozen: nnx.State of those that are not; None where all are trained. Never given away: they stay the model's own.
     """
 
     step: Any
     params: Any
     opt_state: Any
+    guard: Guard
     frozen: Any = None
 
 
@@ -60,18 +63,23 @@ class Batch:
 
 
 def init_train_state(
-    model: Qwen3, optimizer: optax.GradientTransformation, *, trainable: type[nnx.Param] = nnx.Param
+    model: Qwen3,
+    optimizer: optax.GradientTransformation,
+    *,
+    trainable: type[nnx.Param] = nnx.Param,
+    loss_scale: float = 2.0**15,
 ) -> TrainState:
-    """The state before the first step; its parameters are the model's own arrays, of which the first step takes the trained ones.
+    """The state before the first step; its parameters are the model's own arrays, and the first step takes the trained ones.
 
-    A step donates what it trains: use `trained_model` afterwards, not the model given here. On a mesh the optimizer's state lies
-    as the parameters do.
+    A step donates what it trains: use `trained_model` afterwards, not the model given here. On a mesh the optimizer's state
+    lies as the parameters do.
 
     Args:
         model: where training begins.
         optimizer: an optax transformation.
         trainable: the parameters that are trained: all, or nnx.LoRAParam for adapters alone. The others are frozen: they have
             no gradient and no optimizer state.
+        loss_scale: where dynamic loss scaling begins, if the steps compute in float16.
 
     Returns:
         The state.
@@ -87,6 +95,7 @@ def init_train_state(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=jax.jit(optimizer.init)(params),
+            guard=init_guard(loss_scale),
             frozen=frozen if jax.tree.leaves(frozen) else None,
         )
 
@@ -131,10 +140,12 @@ class TrainStep:
     Attributes:
         jitted: the step as a jitted function of a state without what is frozen, that, a batch and a graph.
         graph: all of the model but its parameters, for the parameters of a state.
+        parts: that a batch's rows are worked on in.
     """
 
     jitted: Any
     graph: Callable[[Any], Any]
+    parts: int = 1
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One step: the next state, and metrics. The state given is donated, but for what is frozen.
@@ -148,9 +159,9 @@ class TrainStep:
 
         Raises:
             MeshError: the state lies otherwise than the step's rules say.
-            ValueError: the state is of a model with other adapters.
+            ValueError: the state is of a model with other adapters; rows that do not go into parts.
         """
-        graph = self.graph(_parts(state))
+        graph = self._checked(state, batch)
         with on_mesh_of(state.params):
             following, metrics = self.jitted(dataclasses.replace(state, frozen=None), state.frozen, batch, graph)
         return dataclasses.replace(following, frozen=state.frozen), metrics
@@ -167,11 +178,17 @@ class TrainStep:
 
         Raises:
             MeshError: the state lies otherwise than the step's rules say.
-            ValueError: the state is of a model with other adapters.
+            ValueError: the state is of a model with other adapters; rows that do not go into parts.
         """
-        graph = self.graph(_parts(state))
+        graph = self._checked(state, batch)
         with on_mesh_of(state.params):
             return self.jitted.lower(dataclasses.replace(state, frozen=None), state.frozen, batch, graph)
+
+    def _checked(self, state: TrainState, batch: Batch) -> Any:
+        rows = batch.tokens.shape[0]
+        if rows % self.parts:
+            raise ValueError(f"{rows} rows in {self.parts} parts: {rows} / {self.parts} leaves {rows % self.parts}")
+        return self.graph(_parts(state))
 
 
 @functools.cache
@@ -219,6 +236,10 @@ def make_train_step(
     z_loss: float = 0.0,
     rules: Rules = RULES,
     adapt: Adapt | None = None,
+    parts: int = 1,
+    balance: float | None = None,
+    balance_over: BalanceOver = "running",
+    router_z_loss: float = 0.0,
 ) -> TrainStep:
     """A jitted step of gradient descent, its state donated; it runs on the mesh that the state lies on.
 
@@ -233,41 +254,50 @@ def make_train_step(
         z_loss: weight of the z-loss.
         rules: which mesh axes split what; the model's own.
         adapt: the adapters that the model has, the LoraConfig that attached them.
+        parts: that the rows are worked on in, one after another; the gradient is that of all rows at once.
+        balance: weight of the load-balancing loss; None: the config's router_aux_loss_coef.
+        balance_over: the rows whose shares of experts it takes where there are parts (qwen3_jax.training.objective).
+        router_z_loss: weight of the router's z-loss.
 
     Returns:
-        step(state, batch) -> (state, metrics); metrics are float32: loss (cross-entropy), balance_loss, grad_norm,
-        expert_load [L_moe, E], the share of each layer's rows that each expert got; and int32 dropped_rows, rows sent to
-        experts minus rows that came back.
+        step(state, batch) -> (state, metrics); metrics are float32: loss (cross-entropy), balance_loss, router_z_loss,
+        grad_norm, tokens (the labels' weights), loss_scale, and by MoE layer expert_load [L_moe, E], the share of rows that
+        each expert got, max_violation [L_moe], how much more the busiest one got than its even share, and router_entropy
+        [L_moe] in nats; and int32 dead_experts [L_moe], that got no row, dropped_rows, rows sent to experts minus rows that
+        came back, skipped and skipped_in_a_row, steps that changed nothing, for their loss or gradient was not finite.
     """
+    if parts < 1:
+        raise ValueError(f"parts is {parts}: accepted is a whole number from 1")
 
-    def loss_fn(params: Any, frozen: Any, batch: Batch, graph: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        model = nnx.merge(graph, params) if frozen is None else nnx.merge(graph, params, frozen)
-        out = model(batch.tokens, segment_ids=batch.segment_ids, output="hidden", remat=remat)
-        losses, normaliser = model.losses(out.hidden, batch.labels)
-        loss = mean_loss(losses, normaliser, batch.labels, batch.mask, z_loss)
-        balance = balance_of_counts(out.counts, out.probabilities, config.num_experts_per_tok)
-        load = shares(out.counts.sum(axis=1))
-        metrics = dict(loss=loss, balance_loss=balance, expert_load=load, dropped_rows=out.dropped.sum())
-        return loss + config.router_aux_loss_coef * balance, metrics
+    objective = Objective(
+        z_loss=z_loss,
+        balance=config.router_aux_loss_coef if balance is None else balance,
+        router_z_loss=router_z_loss,
+        top_k=config.num_experts_per_tok,
+        parts=parts,
+        balance_over=balance_over,
+    )
+    scaling = jnp.dtype(dtype) == jnp.float16
+    update = optax.with_extra_args_support(optimizer).update
 
     @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
     def step(state: TrainState, frozen: Any, batch: Batch, graph: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, frozen, batch, graph)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        def run(params: Any, rows: Batch) -> tuple[Qwen3, Any]:
+            model = nnx.merge(graph, params) if frozen is None else nnx.merge(graph, params, frozen)
+            return model, model(rows.tokens, segment_ids=rows.segment_ids, output="hidden", remat=remat)
+
+        grads, metrics = gradient(objective, run, state.params, batch, state.guard.scale if scaling else 1.0)
+        metrics["grad_norm"] = norm = optax.tree.norm(grads)
+        metrics |= router_metrics(metrics.pop("counts"))
+        finite = all_finite(metrics["loss"], norm)
+        updates, opt_state = update(grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        # A gradient that is not finite would be one for good in the moments: nothing of it is kept.
+        params, opt_state = chosen(finite, (params, opt_state), (state.params, state.opt_state))
+        guard = state.guard.after(finite, scaling=scaling)
+        metrics |= dict(skipped=guard.skipped, skipped_in_a_row=guard.in_a_row, loss_scale=guard.scale)
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, guard=guard), metrics
 
-    return TrainStep(step, functools.partial(_graph_for, config=config, rules=rules, dtype=jnp.dtype(dtype), adapt=adapt))
-
-
-def shares(counts: Float[Array, "L E"]) -> Float[Array, "L E"]:
-    """Share of each layer's routed rows that each expert gets.
-
-    Args:
-        counts: real tokens that chose each expert, by layer.
-
-    Returns:
-        Each row summing to 1; no rows for a dense model.
-    """
-    return counts / jnp.maximum(counts.sum(-1, keepdims=True), 1.0)
+    return TrainStep(
+        step, functools.partial(_graph_for, config=config, rules=rules, dtype=jnp.dtype(dtype), adapt=adapt), parts
+    )

@@ -97,8 +97,10 @@ def attach(model: Qwen3, config: LoraConfig, key: jax.Array, *, param_dtype: DTy
             _set_lora(module, name, pair)
             count += 1
     if not count:
-        raise ValueError(f"the model has none of the targets {', '.join(config.targets)}: a dense one has no moe, and no mlp "
-                         "has one whose layers are all mixtures of experts")
+        raise ValueError(
+            f"the model has none of the targets {', '.join(config.targets)}: a dense one has no moe, and no mlp "
+            "has one whose layers are all mixtures of experts"
+        )
     return model
 
 
@@ -122,7 +124,9 @@ def merge(model: Qwen3) -> Qwen3:
             pair = _lora(module, name)
             if pair is not None:
                 weight, outputs = _weight(module, name)
-                weight.set_value(_merged(weight[...], pair.a[...], pair.b[...], pair.scale, outputs, isinstance(weight, ExpertParam)))
+                weight.set_value(
+                    _merged(weight[...], pair.a[...], pair.b[...], pair.scale, outputs, isinstance(weight, ExpertParam))
+                )
                 _set_lora(module, name, None)
     return model
 
@@ -179,8 +183,10 @@ def _merged(weight: Any, a: Any, b: Any, scale: float, outputs: int, experts: bo
         layout = None if meshless() else jax.typeof(weight).sharding.spec
         if layout is not None:
             by_letter = dict(zip(letters, layout, strict=True))
-            a, b = (jax.sharding.reshard(x, PartitionSpec(*map(by_letter.get, names)))
-                    for x, names in ((a, f"{first}r{inner}"), (b, f"{first}{out}r")))
+            a, b = (
+                jax.sharding.reshard(x, PartitionSpec(*map(by_letter.get, names)))
+                for x, names in ((a, f"{first}r{inner}"), (b, f"{first}{out}r"))
+            )
         update = jnp.einsum(
             f"{first}{out}r,{first}r{inner}->{letters}",
             b.astype(jnp.float32),
