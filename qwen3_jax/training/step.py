@@ -19,6 +19,7 @@ from qwen3_jax.parallel.mesh import MeshError, mesh_of, on_mesh_of, said
 from qwen3_jax.parallel.rules import RULES, Rules
 from qwen3_jax.training.guard import Guard, all_finite, chosen, init_guard
 from qwen3_jax.training.objective import BalanceOver, Objective, gradient
+from qwen3_jax.training.offload import fetched, put_back, to_host
 from qwen3_jax.training.router import router_metrics
 
 Adapt = Callable[[Qwen3], Qwen3]  # hashable: a LoraConfig, which attaches adapters
@@ -68,6 +69,7 @@ def init_train_state(
     *,
     trainable: type[nnx.Param] = nnx.Param,
     loss_scale: float = 2.0**15,
+    offload: bool = False,
 ) -> TrainState:
     """The state before the first step; its parameters are the model's own arrays, and the first step takes the trained ones.
 
@@ -80,6 +82,7 @@ def init_train_state(
         trainable: the parameters that are trained: all, or nnx.LoRAParam for adapters alone. The others are frozen: they have
             no gradient and no optimizer state.
         loss_scale: where dynamic loss scaling begins, if the steps compute in float16.
+        offload: keep the optimizer's state in host memory; each step fetches it.
 
     Returns:
         The state.
@@ -91,10 +94,11 @@ def init_train_state(
     if not jax.tree.leaves(params):
         raise ValueError(f"the model has no {trainable.__name__}: accepted is one that has what is to be trained")
     with on_mesh_of(params):
+        opt_state = jax.jit(optimizer.init)(params)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=jax.jit(optimizer.init)(params),
+            opt_state=to_host(opt_state) if offload else opt_state,
             guard=init_guard(loss_scale),
             frozen=frozen if jax.tree.leaves(frozen) else None,
         )
@@ -290,10 +294,12 @@ def make_train_step(
         metrics["grad_norm"] = norm = optax.tree.norm(grads)
         metrics |= router_metrics(metrics.pop("counts"))
         finite = all_finite(metrics["loss"], norm)
-        updates, opt_state = update(grads, state.opt_state, state.params, step=state.step)
+        before = fetched(state.opt_state)
+        updates, opt_state = update(grads, before, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
         # A gradient that is not finite would be one for good in the moments: nothing of it is kept.
-        params, opt_state = chosen(finite, (params, opt_state), (state.params, state.opt_state))
+        params, opt_state = chosen(finite, (params, opt_state), (state.params, before))
+        opt_state = put_back(opt_state, state.opt_state)
         guard = state.guard.after(finite, scaling=scaling)
         metrics |= dict(skipped=guard.skipped, skipped_in_a_row=guard.in_a_row, loss_scale=guard.scale)
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, guard=guard), metrics
