@@ -17,7 +17,7 @@ from qwen3_jax.generation.sample import Sampling, broadcast
 from qwen3_jax.generation.values import check_ids, integers, known
 from qwen3_jax.model.cache import Cache
 from qwen3_jax.model.transformer import Qwen3
-from qwen3_jax.parallel.mesh import mesh_of, said
+from qwen3_jax.parallel.mesh import mesh_of, on_mesh_of, said
 
 LogitsHook = Callable[[Float[Array, "B V"], Int[Array, "B N"], Int[Array, ""]], Float[Array, "B V"]]
 
@@ -185,7 +185,7 @@ def check_cache(model: Qwen3, cache: Any, batch: int) -> None:
     """Refuse what is no cache of so many rows of that model.
 
     Args:
-        model: whose cache it should be; its mesh is set.
+        model: whose cache it should be.
         cache: anything.
         batch: prompts.
 
@@ -199,7 +199,9 @@ def check_cache(model: Qwen3, cache: Any, batch: int) -> None:
         raise ValueError(f"cache lies on {_said(place)} and the model on {_said(home)}: accepted is one place for both")
     config = model.config
     layers, rows, heads, _, width = cache.k.shape
-    if rows not in (batch, padded_rows(batch)):
+    with on_mesh_of(model):
+        padded = padded_rows(batch)
+    if rows not in (batch, padded):
         raise ValueError(f"cache has {rows} rows, tokens {batch}: accepted are as many")
     found, wanted = (layers, heads, width), (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
     if found != wanted:
