@@ -212,7 +212,7 @@ def beside(model: Qwen3, tree: Any) -> Any:
     """Arguments whose arrays lie elsewhere than the model, brought to it; on a mesh whole to every device.
 
     Args:
-        model: any Qwen3.
+        model: any Qwen3. On a mesh of several processes each of them gives the same arguments.
         tree: a pytree; what is no array, or is traced, stays as it is.
 
     Returns:
@@ -226,9 +226,16 @@ def beside(model: Qwen3, tree: Any) -> Any:
             return x
         # Put on a plain device, an array from a mesh would keep the mesh in its type.
         whole = NamedSharding(home, PartitionSpec()) if isinstance(home, Mesh) else SingleDeviceSharding(home)
-        return jax.device_put(x, whole)
+        return jax.device_put(x, whole) if whole.is_fully_addressable else _put_by_all(x, whole)
 
     return jax.tree.map(brought, tree)
+
+
+def _put_by_all(x: jax.Array, whole: NamedSharding) -> jax.Array:
+    """An array of each of several processes, on a mesh of them all; jax compares its values, which must be the same."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put_by_all(jax.random.key_data(x), whole), impl=jax.random.key_impl(x))
+    return jax.device_put(np.asarray(x), whole)
 
 
 def _home(tree: Any) -> Mesh | jax.Device | None:
