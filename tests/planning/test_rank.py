@@ -24,7 +24,8 @@ SURE = Efficiency(flops=0.5, hbm=0.5, links=0.5)
 PROGRAM = Program(
     flops=459e12,  # 2 s at half the peak of v5p
     grouped_flops=0.0,
-    hbm_bytes=2765e9 / 4,  # 0.5 s
+    hbm_bytes=2765e9,
+    timed_hbm_bytes=2765e9 / 4,  # 0.5 s
     collectives=(
         Collective("all-gather", ("fsdp",), 10**11, 0, True),  # 2 s over 100 GB/s at half
         Collective("all-reduce", ("tensor",), 5 * 10**9, 0, False),  # 0.1 s
