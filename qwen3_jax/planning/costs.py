@@ -186,7 +186,9 @@ def bytes_moved(
             for number, each in enumerate(operands)
             if memory in (None, each.arrays[0].memory)
         )
-        return inputs + sum(size for array, size in _written(module, fused, fused.root, lines) if memory in (None, array.memory))
+        return inputs + sum(
+            size for array, size in _written(module, fused, fused.root, lines) if memory in (None, array.memory)
+        )
     if kind == "custom-call":
         estimate = kernel_estimate(instruction)
         if estimate:

@@ -81,7 +81,19 @@ def _cells(kind: str, values: Sequence[str]) -> str:
 
 
 def _table(rows: list[Row]) -> str:
-    head = ["mesh", "rules", "total GB", *PARTS, "TFLOP", "HBM GB", "timed GB", "step ms", "tokens/s/chip", "MFU", "compiled in s"]
+    head = [
+        "mesh",
+        "rules",
+        "total GB",
+        *PARTS,
+        "TFLOP",
+        "HBM GB",
+        "timed GB",
+        "step ms",
+        "tokens/s/chip",
+        "MFU",
+        "compiled in s",
+    ]
     body = []
     for row in rows:
         program, rate = row.outcome.program, row.tokens_per_second_per_chip
