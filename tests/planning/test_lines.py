@@ -15,8 +15,8 @@ GATHER = """HloModule m, is_scheduled=true
 ENTRY %main (table: {dtype}[4096,2048], index: s32[128]) -> {dtype}[128,2048] {{
   %table = {dtype}[4096,2048]{{1,0{tile}}} parameter(0)
   %index = s32[128]{{0{flat}}} parameter(1)
-  ROOT %rows = {dtype}[128,2048]{{1,0{tile}}} gather(%table, %index), offset_dims={{1}}, collapsed_slice_dims={{0}}, start_index_map={{0}}, index_vector_dim=1, \
-slice_sizes={{1,2048}}
+  ROOT %rows = {dtype}[128,2048]{{1,0{tile}}} gather(%table, %index), offset_dims={{1}}, collapsed_slice_dims={{0}}, \
+start_index_map={{0}}, index_vector_dim=1, slice_sizes={{1,2048}}
 }}
 """
 SCATTER = """HloModule m, is_scheduled=true
@@ -31,8 +31,8 @@ SCATTER = """HloModule m, is_scheduled=true
   %table = f32[4096,2048]{1,0:T(8,128)} parameter(0)
   %index = s32[128]{0:T(128)} parameter(1)
   %rows = f32[128,2048]{1,0:T(8,128)} parameter(2)
-  ROOT %sums = f32[4096,2048]{1,0:T(8,128)} scatter(%table, %index, %rows), update_window_dims={1}, inserted_window_dims={0}, \
-scatter_dims_to_operand_dims={0}, index_vector_dim=1, to_apply=%add
+  ROOT %sums = f32[4096,2048]{1,0:T(8,128)} scatter(%table, %index, %rows), update_window_dims={1}, \
+inserted_window_dims={0}, scatter_dims_to_operand_dims={0}, index_vector_dim=1, to_apply=%add
 }
 
 ENTRY %main (table: f32[4096,2048], index: s32[128], rows: f32[128,2048]) -> f32[4096,2048] {
