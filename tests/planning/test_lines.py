@@ -1,5 +1,10 @@
 """Rows of an array in HBM: by the compiler's count whole tiles, in time the lines of the tiles that they lie in."""
 
+import os
+import re
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -8,6 +13,7 @@ from jax.sharding import SingleDeviceSharding
 
 from qwen3_jax.planning.hlo import parse
 from qwen3_jax.planning.program import counted
+from tests.planning.compiled import OPTIONS
 
 # 128 rows of 2,048 numbers; what else is read and written: 128 indices, and the rows themselves.
 GATHER = """HloModule m, is_scheduled=true
@@ -98,15 +104,37 @@ def test_a_row_scattered_in_a_fusion_is_read_and_written_by_lines():
     assert found.timed_hbm_bytes == 2 * rows + rows + index
 
 
-@pytest.mark.parametrize("dtype, whole, timed", [(jnp.float32, 8, 1), (jnp.bfloat16, 8, 2)])
-def test_a_compiled_gather(dtype, whole, timed):
+def gather() -> jax.stages.Compiled:
+    """2,048 rows of 512 bfloat16 numbers out of 8,192, which stay in HBM."""
     device = SingleDeviceSharding(topologies.get_topology_desc("v5p:2x2x1", "tpu").devices[0])
-    table, index = (jax.ShapeDtypeStruct(*given, sharding=device) for given in (((65536, 2048), dtype), ((32768,), jnp.int32)))
-    program = jax.jit(lambda table, index: table.at[index].get(mode="clip")).lower(table, index).compile()
+    table, index = (
+        jax.ShapeDtypeStruct(*given, sharding=device) for given in (((8192, 512), jnp.bfloat16), ((2048,), jnp.int32))
+    )
+    return jax.jit(lambda table, index: table.at[index].get(mode="clip")).lower(table, index).compile(compiler_options=OPTIONS)
+
+
+def test_a_compiled_gather_counts_as_the_compiler_counts():
+    program = gather()
     text, count = program.as_text(), program.cost_analysis()
     assert text is not None and count is not None
-    found = counted(text, {}, memory=None)
-    rows = 32768 * 2048 * jnp.dtype(dtype).itemsize
-    assert found.hbm_bytes == pytest.approx(count["bytes accessed"], rel=0.02)
-    assert found.hbm_bytes - found.timed_hbm_bytes == pytest.approx((whole - timed) * rows)
-    assert found.timed_hbm_bytes == pytest.approx((timed + 1) * rows, rel=0.02)
+    found = counted(text, {})
+    rows = 2048 * 512 * 2
+    assert found.hbm_bytes == count["bytes accessed"]
+    assert found.hbm_bytes - found.timed_hbm_bytes == (8 - 2) * rows
+    assert found.timed_hbm_bytes == pytest.approx((2 + 1) * rows, rel=0.02)
+
+
+def test_machine_code_copies_the_lines_of_a_row_and_no_tile(tmp_path):
+    """Of the same gather: each DMA from HBM has a row's lines, in granules; the indices tell how large a granule is."""
+    dump = f"--xla_jf_dump_to={tmp_path} --xla_jf_dump_llo_text=true"
+    command = [sys.executable, "-c", "from tests.planning.test_lines import gather; gather()"]
+    environment = {**os.environ, "LIBTPU_INIT_ARGS": dump, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (path,) = [each for each in tmp_path.glob("*gather_fusion*-final_bundles.txt") if "schedule-analysis" not in each.name]
+    copies = re.findall(r"= dma\.hbm_to_(\w+) .*?/\*size_in_granules=\*/(\d+),", path.read_text())
+    (indices,) = {int(size) for place, size in copies if place == "smem"}
+    granule = 1024 * 4 / indices  # a tile of indices
+    assert granule == 32
+    row = lines("bf16[8192,512]{1,0:T(8,128)(2,1)}", (1, 512))
+    assert {int(size) * granule for place, size in copies if place == "vmem"} == {row} == {2 * 512 * 2}
