@@ -5,6 +5,7 @@ beside them is left out. Bytes are operands read and results written, padded to 
 it takes, an update in place what it writes, inside of fusions too: a loop over stacked layers would else count the whole stack
 in every round. Gathered rows count with the tiles that they lie in. These are the conventions of the compiler's own cost
 analysis, but that one tells no memory from another, counts the body of a loop once and a copy between memories four times.
+What a program is timed by differs in one thing: of gathered and scattered rows the lines count, as machine code copies them.
 """
 
 import dataclasses

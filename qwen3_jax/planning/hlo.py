@@ -22,7 +22,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations|branch_computations|body|condition)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 
 HBM = 0
-LINE = 512  # bytes: 128 lanes of 32 bits, the pieces of a TPU's tile that lie in one
+LINE = 512  # bytes of 128 lanes of 32 bits: a piece of a TPU's tile that is not scattered over it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +70,10 @@ class Shape:
         return [1] * (len(self.tile) - len(ordered)) + ordered
 
     def line_bytes(self, window: tuple[int, ...]) -> int:
-        """Bytes of the lines that a window of the array lies in, wherever it begins in whole lines.
+        """Bytes of the lines that a window of the array lies in, if it begins where a line does.
 
-        A tile of 8 x 128 is 4,096 bytes one behind another, its rows in lines of 512: one row of float32 a line, two of
-        bfloat16 word by word. A row of the array is then one line of each tile that it passes through, not the tile.
+        A tile of 8 x 128 is eight lines of 512 bytes one behind another: each one row of float32, or two of bfloat16 word by
+        word (https://openxla.org/xla/tiled_layout). A row of the array is one line of each tile that it passes through.
 
         Args:
             window: sizes along each dimension.
