@@ -252,7 +252,7 @@ def assumptions(job: Job, topology: Topology, efficiency: Efficiency, row: Row) 
         "attention; nothing that is computed again"
     )
     said.append("kernels count with the FLOPs and bytes that they declare, whatever they reach")
-    if program is not None and program.timed_hbm_bytes < program.hbm_bytes:
+    if program is not None and program.timed_hbm_bytes < 0.99 * program.hbm_bytes:
         said.append(
             "a row that is gathered or scattered is timed with the 512-byte lines of its tiles that it lies in (128 lanes of "
             "32 bits: one row of float32, two of bfloat16), as compiled code copies it; not measured on a chip. HBM GB has its "

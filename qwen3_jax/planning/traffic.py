@@ -94,7 +94,7 @@ def _matrices(job: Job, cut: Shares) -> float:
 
     A visit reads those that its c tokens chose, E (1 - (1 - k / E)^c) of all, and one more for each further tile of rows: a
     matrix is not kept from one tile to the next. A visit's gradient is written in bfloat16, read, and written in float32;
-    each visit but the first reads the sum of those before.
+    each visit but the first reads the sum of those before. In inference a layer is first copied out of the stack.
     """
     config, choice = job.config, cut.choice
     assert choice is not None  # there are experts
@@ -105,7 +105,7 @@ def _matrices(job: Job, cut: Shares) -> float:
     again = 3 * layers * matrix * max(0.0, choice.capacity / TILE[0] - 1)
     read = (8 / 3 if job.trains else 1) * HALF * cut.visits * (used.experts * chosen + again)
     if not job.trains:
-        return read
+        return read + 2 * HALF * used.experts
     first, later = 2 * HALF + FLOAT, 2 * HALF + 2 * FLOAT
     return read + used.experts * (first + (cut.visits - 1) * later)
 
