@@ -10,7 +10,7 @@ from qwen3_jax.parallel.word_losses import LOGITS
 from qwen3_jax.planning.estimate import FLOAT, HALF, cache_bytes, passes
 from qwen3_jax.planning.hlo import LINE
 from qwen3_jax.planning.job import Job
-from qwen3_jax.planning.shares import Parameters, Shares, parameters
+from qwen3_jax.planning.shares import Shares, parameters
 
 ON_CHIP = 2**25  # bytes of widened rows that stay in VMEM between two operations
 
@@ -71,8 +71,8 @@ def _weights(job: Job, cut: Shares) -> float:
 
     Training, for the forward pass and again for the backward one: a layer is taken out of the stack (read and written in
     float32), read to be cast, written; what is gathered is read and written once more. Gradients are written and read in
-    float32, and put into the stack (read and written). The optimizer reads and writes weight and two moments and reads the
-    gradient, the norm of all gradients reads it before.
+    float32, reduced over devices that hold the same weights (read and written), and put into the stack (read and written). The
+    optimizer reads and writes weight and two moments and reads the gradient, the norm of all gradients reads it before.
     """
     held = parameters(job, cut)
     used = held.whole(cut)
@@ -86,6 +86,7 @@ def _weights(job: Job, cut: Shares) -> float:
         if job.trains:
             total += 2 * (3 * FLOAT + HALF) * kept + 2 * FLOAT * kept
             total += 2 * HALF * (kept + whole) if cut.gathered[kind] else 0.0
+            total += 2 * FLOAT * kept if cut.alike[kind] else 0.0
     return total + (8 * FLOAT * held.total if job.trains else 0.0)
 
 
@@ -93,12 +94,14 @@ def _matrices(job: Job, cut: Shares) -> float:
     """Experts' matrices in the grouped matmuls, three in a forward pass and five in a backward one, and their gradients.
 
     A visit reads those that its c tokens chose, E (1 - (1 - k / E)^c) of all, and one more for each further tile of rows: a
-    matrix is not kept from one tile to the next. A visit's gradient is written in bfloat16, read, and written in float32;
-    each visit but the first reads the sum of those before. In inference a layer is first copied out of the stack.
+    matrix is not kept from one tile to the next. In inference a layer is first copied out of the stack. A visit's gradient is
+    written and read in bfloat16, and written in float32. Where tokens travel sums are cleared, each visit reads and writes
+    them, and what was gathered is read and written to be scattered.
     """
     config, choice = job.config, cut.choice
     assert choice is not None  # there are experts
-    used: Parameters = parameters(job, cut).whole(cut)
+    held = parameters(job, cut)
+    used = held.whole(cut)
     chosen = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** cut.chunk(job)
     layers = sum(kind.mlp == "moe" for kind in config.block_kinds())
     matrix = config.hidden_size * config.moe_intermediate_size / cut.mlp
@@ -106,8 +109,10 @@ def _matrices(job: Job, cut: Shares) -> float:
     read = (8 / 3 if job.trains else 1) * HALF * cut.visits * (used.experts * chosen + again)
     if not job.trains:
         return read + 2 * HALF * used.experts
-    first, later = 2 * HALF + FLOAT, 2 * HALF + 2 * FLOAT
-    return read + used.experts * (first + (cut.visits - 1) * later)
+    if choice.transport is None:
+        return read + used.experts * (2 * HALF + FLOAT)
+    scattered = FLOAT * (used.experts + held.experts) if cut.gathered["experts"] else 0.0
+    return read + used.experts * (FLOAT + cut.visits * (2 * HALF + 2 * FLOAT)) + scattered
 
 
 def _rows(job: Job, cut: Shares) -> float:
