@@ -59,11 +59,13 @@ def _attention(job: Job, cut: Shares) -> float:
 
     A query is written by its projection; read and written by the norm (2) and by the rotation, halves (2) and sum (3); taken
     from the batch, copied, turned to the kernel's order (3); read by the kernel, which writes output and normaliser (3); put
-    back (2), reshaped (2), read by the last projection. A backward pass is as much twice. Scores stay on the chip.
+    back (2), reshaped (2), read by the last projection. Of sequences that are split it is in float32 up to the rotation's sum,
+    8 more. A backward pass is as much twice. Scores stay on the chip.
     """
     config = job.config
     heads, keys = config.num_attention_heads / cut.heads, config.num_key_value_heads / cut.kv_heads
-    return 10 * config.hidden_size + config.head_dim * (19 * heads + 17 * keys)
+    query = 19 + (8 if cut.seq > 1 else 0)
+    return 10 * config.hidden_size + config.head_dim * (query * heads + 17 * keys)
 
 
 def _weights(job: Job, cut: Shares) -> float:

@@ -15,10 +15,13 @@ from qwen3_jax.planning.traffic import device_hbm_bytes, hbm_parts
 
 REFERENCE = Job(Qwen3Config.preset("qwen3-30b-a3b"), "train", 64, 4096)
 # Mesh of v5p:2x2x4 -> GB of HBM that are timed, and seconds of the step, of the compiled program, as `qwen3-jax plan --mesh`
-# gives them. A compilation takes a minute and more. The formulas were read from fsdp=16 and expert=16.
+# gives them. A compilation takes a minute and more.
 COMPILED = {
     "fsdp=2,expert=8": (4517, 2.153),
+    "data=2,expert=8": (4682, 2.216),
     "fsdp=4,expert=4": (3990, 2.251),
+    "fsdp=8,expert=2": (4060, 2.362),
+    "expert=8,context=2": (4911, 2.369),
     "fsdp=16": (3163, 2.398),
     "expert=16": (5574, 2.441),
 }
