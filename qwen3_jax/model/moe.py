@@ -78,7 +78,8 @@ class MoE(nnx.Module):
         counts, sums = ((x * real[..., None]).sum(axis=1, dtype=jnp.float32) for x in (hits, probabilities))
         pairs = ((self.gate, self.gate_lora), (self.up, self.up_lora), (self.down, self.down_lora))
         matrices = tuple(
-            weight[...] if lora is None else Adapted(weight[...], lora.a[...], lora.b[...], lora.scale) for weight, lora in pairs
+            weight[...] if lora is None else Adapted(weight[...], lora.a[...], lora.b[...], lora.scale)
+            for weight, lora in pairs
         )
         out, dropped = apply_experts(matrices, x, weights, experts, layer if self.gate.ndim == 4 else None)
         return out, Routed(logits, dropped, counts, sums)

@@ -127,9 +127,7 @@ def _backward(
             mine, d_losses[:, None], 0
         )
         d_logits = d_logits.astype(states.dtype)
-        d_tables = tuple(
-            total + jnp.einsum("mv,md->vd", d_logits, states, preferred_element_type=wide) for total in d_tables
-        )
+        d_tables = tuple(total + jnp.einsum("mv,md->vd", d_logits, states, preferred_element_type=wide) for total in d_tables)
         d_states = jnp.einsum("mv,vd->md", d_logits, table, preferred_element_type=wide)
         if travelling:
             d_states = jax.lax.psum_scatter(d_states, travelling, scatter_dimension=0, tiled=True)
