@@ -62,10 +62,10 @@ class Batch:
 def init_train_state(
     model: Qwen3, optimizer: optax.GradientTransformation, *, trainable: type[nnx.Param] = nnx.Param
 ) -> TrainState:
-    """The state before the first step; its parameters are the model's own arrays, of which the first step takes the trained ones.
+    """The state before the first step; its parameters are the model's own arrays, and the first step takes those it trains.
 
-    A step donates what it trains: use `trained_model` afterwards, not the model given here. On a mesh the optimizer's state lies
-    as the parameters do.
+    A step donates its state but for what is frozen: use `trained_model` afterwards, not the model given here. On a mesh the
+    optimizer's state lies as the parameters do.
 
     Args:
         model: where training begins.

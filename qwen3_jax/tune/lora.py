@@ -90,8 +90,8 @@ def attach(model: Qwen3, config: LoraConfig, key: jax.Array, *, param_dtype: DTy
     ]
     if not wanted:
         raise ValueError(
-            f"the model has none of the targets {', '.join(config.targets)}: accepted are attention, mlp where layers are dense "
-            "and moe where they have experts"
+            f"the model has none of the targets {', '.join(config.targets)}: accepted are attention, mlp where layers are "
+            "dense and moe where they have experts"
         )
 
     def pairs(key: jax.Array) -> list[Adapter]:

@@ -13,7 +13,6 @@ from qwen3_jax import Batch, Qwen3, abstract_model, adamw, generate, init_train_
 from qwen3_jax.checks import ConfigError
 from qwen3_jax.parallel.dispatch import Dispatch
 from qwen3_jax.parallel.rules import RULES
-from qwen3_jax.training.losses import cross_entropy
 from qwen3_jax.training.step import trained_model
 from qwen3_jax.tune.lora import LoraConfig, attach, merge
 from tests.model.models import CONFIGS, random_model, random_tokens
@@ -24,10 +23,15 @@ CLOSE = 1e-5  # of the largest value
 
 
 @functools.cache
-def adapted(name: str, lora: LoraConfig = LORA) -> Qwen3:
+def fresh(name: str) -> Qwen3:
+    """A random model with new adapters."""
+    return attach(random_model(name), LORA, jax.random.key(1))
+
+
+@functools.cache
+def adapted(name: str) -> Qwen3:
     """A random model with adapters, both factors random."""
-    model = attach(random_model(name), lora, jax.random.key(1))
-    graph, factors, base = nnx.split(model, nnx.LoRAParam, ...)
+    graph, factors, base = nnx.split(fresh(name), nnx.LoRAParam, ...)
     draws = np.random.default_rng(2)
     factors = jax.tree.map(lambda leaf: leaf + draws.normal(0, 0.2, leaf.shape).astype(np.float32), factors)
     return nnx.merge(graph, factors, base)
@@ -100,7 +104,7 @@ def test_new_adapters_change_nothing_and_trained_ones_are_their_merged_model(nam
     tokens = random_tokens(2, 9)
     run = jax.jit(lambda model: model(tokens).logits)
     base = run(random_model(name))
-    np.testing.assert_array_equal(run(attach(random_model(name), LORA, jax.random.key(0))), base)
+    np.testing.assert_array_equal(run(fresh(name)), base)
     trained = adapted(name)
     logits, merged = run(trained), merge(trained)
     assert jax.tree.structure(merged) == jax.tree.structure(random_model(name))
@@ -114,8 +118,8 @@ def test_gradients_are_those_of_the_update_written_out(name):
     assert_wanted(factors_gradient(adapted(name), batch()), name)
 
 
-def on_mesh(model: Qwen3, mesh, rules, lora=LORA) -> Qwen3:
-    shapes = abstract_model(model.config, mesh, rules=rules, dtype=model.dtype, adapt=lora)
+def on_mesh(model: Qwen3, mesh, rules) -> Qwen3:
+    shapes = abstract_model(model.config, mesh, rules=rules, dtype=model.dtype, adapt=LORA)
     leaves = [
         jax.device_put(leaf, shape.sharding)
         for leaf, shape in zip(jax.tree.leaves(model), jax.tree.leaves(shapes), strict=True)
