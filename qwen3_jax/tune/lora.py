@@ -123,12 +123,13 @@ def merge(model: Qwen3) -> Qwen3:
         raise ValueError("the model has no adapters: accepted is one that `attach` gave them")
     model = _copy(model)
     places = [(module, name) for module, _, name in _matrices(model) if _lora(module, name) is not None]
-
-    given = [(_weight(module, name)[0], _lora(module, name)) for module, name in places]
     outputs = [_weight(module, name)[1] for module, name in places]
+
+    def run(given: list[tuple[nnx.Param, Any]]) -> list[jax.Array]:
+        return [_merged(weight, pair, count) for (weight, pair), count in zip(given, outputs, strict=True)]
+
     with on_mesh_of(model):
-        run = jax.jit(lambda given: [_merged(*pair, count) for pair, count in zip(given, outputs, strict=True)])
-        made = run(given)
+        made = jax.jit(run)([(_weight(module, name)[0], _lora(module, name)) for module, name in places])
     for (module, name), values in zip(places, made, strict=True):
         _weight(module, name)[0].set_value(values)
         _set_lora(module, name, None)
@@ -177,27 +178,21 @@ def _set_lora(module: Any, name: str, pair: Adapter | None) -> None:
 
 def _merged(weight: nnx.Param, pair: Adapter, outputs: int) -> jax.Array:
     """One layer after another: the float32 updates of all layers at once would take more memory than the weights."""
-    experts = isinstance(weight, ExpertParam)
-    letters = "opqijk"[: weight.ndim - 1]
-    first, out = letters[:experts], letters[experts:][:outputs]
-    inner = letters[len(first + out) :]
+    letters = "opqijk"[: weight.ndim - 1]  # of the weight's axes without that of layers
+    inner = isinstance(weight, ExpertParam) + outputs
+    b_letters = letters[:inner] + "r"
+    a_letters = letters[: inner - outputs] + "r" + letters[inner:]
 
     def one(layer: tuple[Any, Any, Any]) -> jax.Array:
         weight, a, b = layer
         layout = None if meshless() else jax.typeof(weight).sharding.spec
-        if layout is not None:
-            by_letter = dict(zip(letters, layout, strict=True))
-            a, b = (
-                jax.sharding.reshard(x, PartitionSpec(*map(by_letter.get, names)))
-                for x, names in ((a, f"{first}r{inner}"), (b, f"{first}{out}r"))
-            )
-        update = jnp.einsum(
-            f"{first}{out}r,{first}r{inner}->{letters}",
-            b.astype(jnp.float32),
-            a.astype(jnp.float32),
-            precision="highest",
-            out_sharding=layout,
-        )
+        if layout is not None:  # the factors as the weight is split, so that nothing of the update travels
+            axes: dict[str, Any] = dict(zip(letters, layout, strict=True))
+            a = jax.sharding.reshard(a, PartitionSpec(*[axes.get(letter) for letter in a_letters]))
+            b = jax.sharding.reshard(b, PartitionSpec(*[axes.get(letter) for letter in b_letters]))
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        formula = f"{b_letters},{a_letters}->{letters}"
+        update = jnp.einsum(formula, b, a, precision="highest", out_sharding=layout)
         return (weight.astype(jnp.float32) + pair.scale * update).astype(weight.dtype)
 
     return jax.lax.map(one, (weight[...], pair.a[...], pair.b[...]))

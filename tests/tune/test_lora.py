@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -190,12 +191,13 @@ def test_generation_reads_adapters_beside_the_stacks(wish):
 
 
 def test_what_is_refused():
-    for change, says in [
+    refused: list[tuple[dict[str, Any], str]] = [
         (dict(rank=0), "rank is 0: accepted is a number of at least 1"),
         (dict(alpha=-1.0), r"alpha is -1.0: accepted is a number above 0"),
         (dict(targets=("attention.z",)), "targets: found 'attention.z'; accepted are attention, mlp, moe, attention.q"),
         (dict(targets=()), "targets: found none; accepted are"),
-    ]:
+    ]
+    for change, says in refused:
         with pytest.raises(ConfigError, match=says):
             LoraConfig(**change)
     with pytest.raises(ValueError, match="the model has none of the targets moe: accepted are attention, mlp"):
