@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qwen3_jax import Batch, Qwen3, abstract_model, adamw, generate, init_train_state, make_mesh, make_train_step
+from qwen3_jax import (
+    Batch,
+    Qwen3,
+    abstract_model,
+    adamw,
+    generate,
+    init_train_state,
+    make_mesh,
+    make_train_step,
+    save_pretrained,
+)
+from qwen3_jax.checkpoint.reading import CheckpointError
 from qwen3_jax.checks import ConfigError
 from qwen3_jax.parallel.dispatch import Dispatch
 from qwen3_jax.parallel.rules import RULES
@@ -190,7 +201,7 @@ def test_generation_reads_adapters_beside_the_stacks(wish):
     np.testing.assert_array_equal(found.tokens, merged.tokens)
 
 
-def test_what_is_refused():
+def test_what_is_refused(tmp_path):
     refused: list[tuple[dict[str, Any], str]] = [
         (dict(rank=0), "rank is 0: accepted is a number of at least 1"),
         (dict(alpha=-1.0), r"alpha is -1.0: accepted is a number above 0"),
@@ -206,3 +217,6 @@ def test_what_is_refused():
         attach(adapted("dense"), LORA, jax.random.key(0))
     with pytest.raises(ValueError, match="the model has no adapters"):
         merge(random_model("dense"))
+    with pytest.raises(CheckpointError, match="the model has adapters, for which a checkpoint has no place"):
+        save_pretrained(fresh("dense"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
