@@ -1,5 +1,6 @@
 """Adapters beside the model that they make: its logits, the gradients of their factors on any mesh, and a base that stays."""
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pallas_kernels.grouped_matmul import batching
 from qwen3_jax import (
     Batch,
     Qwen3,
@@ -159,6 +161,24 @@ def test_gradients_on_a_mesh(name, wish, transport, rows):
     parameters = nnx.state(model, nnx.LoRAParam)
     for gradient, leaf in zip(found[1].values(), jax.tree.leaves(parameters), strict=True):
         assert gradient.sharding.spec == leaf.sharding.spec
+
+
+@pytest.mark.parametrize("wish", ["", "expert=8"])
+@pytest.mark.parametrize("targets", [("attention",), ("moe",), ("moe.down",)])
+def test_experts_without_adapters_have_no_gradient(targets, wish, monkeypatch):
+    """Told by the products that gradients are traced with: those of factors have the rank on one side."""
+    made = []
+
+    def grouped_outer(left, right, sizes, dtype, implementation):
+        made.append((left.shape[1], right.shape[1]))
+        return jnp.zeros((sizes.shape[0], *made[-1]), dtype)
+
+    monkeypatch.setattr(batching, "grouped_outer", grouped_outer)
+    lora, mesh = LoraConfig(rank=4, targets=targets), make_mesh(wish) if wish else None
+    graph, factors, base = nnx.split(abstract_model(CONFIGS["moe"], mesh, dtype=jnp.float32, adapt=lora), nnx.LoRAParam, ...)
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        jax.eval_shape(jax.grad(lambda factors, base: loss_of(nnx.merge(graph, factors, base), batch())), factors, base)
+    assert set(made) == (set() if targets == ("attention",) else {(4, 24), (4, 32)})
 
 
 def test_a_step_trains_the_adapters_alone():
