@@ -178,9 +178,9 @@ class TrainStep:
 def _split(
     config: Qwen3Config, mesh: Mesh | None, rules: Rules, dtype: jnp.dtype, adapt: Adapt | None
 ) -> tuple[Any, dict[str, Any]]:
-    """What a mesh and the rules make of the config: all of a model but its parameters, and their shardings by name."""
+    """What a mesh and the rules make of the config: all of a model but its parameters, and these as shapes by name."""
     graph, params = nnx.split(abstract_model(config, mesh, rules=rules, dtype=dtype, adapt=adapt), nnx.Param)
-    return graph, {name: leaf.sharding for name, leaf in _named(params)}
+    return graph, dict(_named(params))
 
 
 def _named(params: Any) -> list[tuple[str, Any]]:
@@ -196,10 +196,13 @@ def _graph_for(params: Any, config: Qwen3Config, rules: Rules, dtype: jnp.dtype,
     for name in sorted(names ^ wanted.keys()):
         which = f"has the parameter {name}, and the model has none" if name in names else f"lacks the parameter {name}"
         raise ValueError(f"the state {which} with adapt={adapt}: accepted are the adapters that the model was given")
+    for name, leaf in named:
+        if "lora." in name and leaf.shape != wanted[name].shape:
+            raise ValueError(f"the state's {name} is {list(leaf.shape)}: with adapt={adapt} it is {list(wanted[name].shape)}")
     if mesh is None:
         return graph
     for name, leaf in named:
-        rule = wanted[name]
+        rule = wanted[name].sharding
         if leaf.sharding == rule or leaf.sharding.is_equivalent_to(rule, leaf.ndim):
             continue
         found = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else leaf.sharding

@@ -205,6 +205,8 @@ def test_a_step_trains_the_adapters_alone():
     says = r"lacks the parameter segments\.0\.blocks\.0\.attention\.k\.lora\.a with adapt=LoraConfig"
     with pytest.raises(ValueError, match=says):
         step(init_train_state(base, optimizer), batch())
+    with pytest.raises(ValueError, match=r"lora\.a is \[2, 4, 32\]: with adapt=LoraConfig\(rank=2, .* it is \[2, 2, 32\]"):
+        trained_model(config, state, adapt=dataclasses.replace(lora, rank=2))
     with pytest.raises(ValueError, match=r"has the parameter segments.*and the model has none with adapt=None"):
         trained_model(config, state)
     with pytest.raises(ValueError, match="the model has no LoRAParam"):
