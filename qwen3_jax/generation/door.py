@@ -225,7 +225,9 @@ def beside(model: Qwen3, tree: Any) -> Any:
         if home is None or place is None or home == place:
             return x
         # Put on a plain device, an array from a mesh would keep the mesh in its type.
-        whole = NamedSharding(home, PartitionSpec()) if isinstance(home, Mesh) else SingleDeviceSharding(home)
+        if not isinstance(home, Mesh):
+            return jax.device_put(x, SingleDeviceSharding(home))
+        whole = NamedSharding(home, PartitionSpec())
         return jax.device_put(x, whole) if whole.is_fully_addressable else _put_by_all(x, whole)
 
     return jax.tree.map(brought, tree)

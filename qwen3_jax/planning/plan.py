@@ -102,6 +102,7 @@ def record(plan: Plan) -> dict[str, Any]:
         "batch": job.batch,
         "seq": job.seq,
         "remat": job.remat if job.trains else None,
+        "rank": job.rank if job.adapts else None,
         "topology": topology.name,
         "slices": topology.slices,
         "chips": topology.chips,

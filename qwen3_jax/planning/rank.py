@@ -247,10 +247,16 @@ def assumptions(job: Job, topology: Topology, efficiency: Efficiency, row: Row) 
     ]
     if job.trains:
         said.append("gradients and activations are the analytic model's shares of the compiled temporaries")
-    said.append(
-        "MFU counts 6 FLOPs in training, 2 in inference, per token and active parameter that is multiplied, and causal "
-        "attention; nothing that is computed again"
-    )
+    if job.adapts:
+        said.append(
+            "MFU counts 4 FLOPs per token and active frozen parameter, 6 per parameter of its adapters, and causal attention "
+            "with its gradients; nothing that is computed again"
+        )
+    else:
+        said.append(
+            "MFU counts 6 FLOPs in training, 2 in inference, per token and active parameter that is multiplied, and causal "
+            "attention; nothing that is computed again"
+        )
     said.append("kernels count with the FLOPs and bytes that they declare, whatever they reach")
     if program is not None and program.timed_hbm_bytes < 0.99 * program.hbm_bytes:
         said.append(

@@ -10,7 +10,7 @@ from qwen3_jax.parallel.word_losses import LOGITS
 from qwen3_jax.planning.estimate import FLOAT, HALF, cache_bytes, passes
 from qwen3_jax.planning.hlo import LINE
 from qwen3_jax.planning.job import Job
-from qwen3_jax.planning.shares import Shares, parameters
+from qwen3_jax.planning.shares import Shares, adapters, parameters
 
 ON_CHIP = 2**25  # bytes of widened rows that stay in VMEM between two operations
 
@@ -74,7 +74,8 @@ def _weights(job: Job, cut: Shares) -> float:
     Training, for the forward pass and again for the backward one: a layer is taken out of the stack (read and written in
     float32), read to be cast, written; what is gathered is read and written once more. Gradients are written and read in
     float32, reduced over devices that hold the same weights (read and written), and put into the stack (read and written). The
-    optimizer reads and writes weight and two moments and reads the gradient, the norm of all gradients reads it before.
+    optimizer reads and writes weight and two moments and reads the gradient, the norm of all gradients reads it before. In
+    lora all that is of the adapters, and a frozen layer is twice read and written in bfloat16.
     """
     held = parameters(job, cut)
     used = held.whole(cut)
@@ -84,12 +85,19 @@ def _weights(job: Job, cut: Shares) -> float:
         if kind == "words":
             continue
         if kind != "experts":
-            total += HALF * passes(job) * whole + (2 * FLOAT * whole if job.trains else 0.0)
-        if job.trains:
+            total += HALF * passes(job) * whole + (2 * FLOAT * whole if job.mode == "train" else 0.0)
+        if job.adapts:
+            total += 2 * HALF * (kept + whole)
+        elif job.trains:
             total += 2 * (3 * FLOAT + HALF) * kept + 2 * FLOAT * kept
             total += 2 * HALF * (kept + whole) if cut.gathered[kind] else 0.0
             total += 2 * FLOAT * kept if cut.alike[kind] else 0.0
-    return total + (8 * FLOAT * held.total if job.trains else 0.0)
+    if job.adapts:
+        pairs = adapters(job, cut)
+        kept = sum(factors.total for factors in pairs.values())
+        whole = sum(factors.embed * cut.devices(cut.gathered[kind]) + factors.inner for kind, factors in pairs.items())
+        total += (HALF * (passes(job) + 3) + 2 * FLOAT) * whole + (2 + 2 + 8) * FLOAT * kept
+    return total + (8 * FLOAT * held.total if job.mode == "train" else 0.0)
 
 
 def _matrices(job: Job, cut: Shares) -> float:
@@ -97,8 +105,8 @@ def _matrices(job: Job, cut: Shares) -> float:
 
     A visit reads those that its c tokens chose, E (1 - (1 - k / E)^c) of all, and one more for each further tile of rows: a
     matrix is not kept from one tile to the next. In inference a layer is first copied out of the stack. A visit's gradient is
-    written and read in bfloat16, and written in float32. Where tokens travel sums are cleared, each visit reads and writes
-    them, and what was gathered is read and written to be scattered.
+    written and read in bfloat16, and written in float32; in lora there is none. Where tokens travel sums are cleared, each
+    visit reads and writes them, and what was gathered is read and written to be scattered.
     """
     config, choice = job.config, cut.choice
     assert choice is not None  # there are experts
@@ -111,6 +119,8 @@ def _matrices(job: Job, cut: Shares) -> float:
     read = (8 / 3 if job.trains else 1) * HALF * cut.visits * (used.experts * chosen + again)
     if not job.trains:
         return read + 2 * HALF * used.experts
+    if job.adapts:
+        return read
     if choice.transport is None:
         return read + used.experts * (2 * HALF + FLOAT)
     scattered = FLOAT * (used.experts + held.experts) if cut.gathered["experts"] else 0.0
@@ -163,4 +173,5 @@ def _words(job: Job, cut: Shares) -> float:
     logits = headed * cut.devices(cut.travelling) * words
     if not job.trains:
         return 2 * FLOAT * logits
-    return (2 * FLOAT + 3 * HALF) * logits + 2 * FLOAT * words * config.hidden_size * logits / LOGITS
+    summed = 0.0 if job.adapts else 2 * FLOAT * words * config.hidden_size * logits / LOGITS
+    return (2 * FLOAT + 3 * HALF) * logits + summed
