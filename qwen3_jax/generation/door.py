@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int, Key
 
 from qwen3_jax.generation.budget import UNLIMITED, ThinkingBudget, budget_rule, budget_tokens
@@ -233,7 +233,7 @@ def beside(model: Qwen3, tree: Any) -> Any:
     return jax.tree.map(brought, tree)
 
 
-def _put_by_all(x: jax.Array, whole: NamedSharding) -> jax.Array:
+def _put_by_all(x: jax.Array, whole: Sharding) -> jax.Array:
     """An array of each of several processes, on a mesh of them all; jax compares its values, which must be the same."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_put_by_all(jax.random.key_data(x), whole), impl=jax.random.key_impl(x))
