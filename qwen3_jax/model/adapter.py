@@ -22,7 +22,7 @@ class Adapter(nnx.Module):
     multiplied in the dtype of the layer's input, one after the other: the update itself is never made.
     """
 
-    def __init__(self, weight: nnx.Param, outputs: int, rank: int, scale: float, key: jax.Array, *, param_dtype: DTypeLike):
+    def __init__(self, weight: nnx.Param, outputs: int, *, rank: int, scale: float, key: jax.Array, param_dtype: DTypeLike):
         """Factors that begin as PEFT's do: a uniform within 1 / sqrt(in), b 0, so that the update begins at 0.
 
         Args:

@@ -83,11 +83,7 @@ class MoE(nnx.Module):
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         entropy = normaliser - (probabilities * logits).sum(axis=-1)
         squares, entropy = ((x * real).sum(axis=1) for x in (jnp.square(normaliser), entropy))
-        pairs = ((self.gate, self.gate_lora), (self.up, self.up_lora), (self.down, self.down_lora))
-        matrices = tuple(
-            weight[...] if lora is None else Adapted(weight[...], lora.a[...], lora.b[...], lora.scale)
-            for weight, lora in pairs
-        )
+        matrices = (_matrix(self.gate, self.gate_lora), _matrix(self.up, self.up_lora), _matrix(self.down, self.down_lora))
         out, dropped = apply_experts(matrices, x, weights, experts, layer if self.gate.ndim == 4 else None)
         return out, Routed(logits, dropped, counts, sums, squares, entropy)
 
@@ -101,3 +97,8 @@ class MoE(nnx.Module):
         if self.normalise:
             weights = weights / weights.sum(-1, keepdims=True)
         return probabilities, weights, experts
+
+
+def _matrix(weight: nnx.Param, lora: Any) -> Any:
+    """A matrix as the dispatch takes it."""
+    return weight[...] if lora is None else Adapted(weight[...], lora.a[...], lora.b[...], lora.scale)

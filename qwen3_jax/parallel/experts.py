@@ -44,7 +44,8 @@ def apply_experts(
     """Every token through its experts, weighted and summed.
 
     Args:
-        weights: gate and up [E, F, D], down [E, D, F], each an array or an Adapted; or the stacks of all layers with a leading L.
+        weights: gate and up [E, F, D], down [E, D, F], each an array or an Adapted; or the stacks of all layers with a leading
+            L.
         x: tokens.
         routing: weight of each of a token's experts, float32.
         ids: the experts, 0 <= id < E.

@@ -41,8 +41,8 @@ def _all(run: Run) -> Iterator[Contradiction]:
     for name, stage in run.stages.items():
         yield from _stage(run, f"stages.{name}", stage)
     for name, source in run.data.sources.items():
-        if not source.paths:
-            yield Contradiction(f"data.sources.{name} has no paths: accepted is at least one", f"data.sources.{name}.paths")
+        if not source.folder:
+            yield Contradiction(f"data.sources.{name} has no folder: accepted is one that data prepare has written")
 
 
 def _model(run: Run) -> Iterator[Contradiction]:
@@ -76,7 +76,8 @@ def _model(run: Run) -> Iterator[Contradiction]:
 def _numbers(run: Run) -> Iterator[Contradiction]:
     positive = {
         "data.shards": run.data.shards,
-        "data.prefetch": run.data.prefetch,
+        "data.waiting": run.data.waiting,
+        "watch.held_out_batches": run.watch.held_out_batches,
         "checkpoint.every": run.checkpoint.every,
         "checkpoint.keep": run.checkpoint.keep,
         "checkpoint.keep_every": run.checkpoint.keep_every,
@@ -96,7 +97,7 @@ def _numbers(run: Run) -> Iterator[Contradiction]:
     for key, value in positive.items():
         if value is not None and value <= 0:
             yield Contradiction(f"{key} is {value}: accepted is a number above 0", key)
-    shares = {"optimizer.b1": run.optimizer.b1, "optimizer.b2": run.optimizer.b2, "data.bad_records": run.data.bad_records}
+    shares = {"optimizer.b1": run.optimizer.b1, "optimizer.b2": run.optimizer.b2}
     for key, value in shares.items():
         if not 0 <= value < 1:
             yield Contradiction(f"{key} is {value}: accepted is from 0 to below 1", key)

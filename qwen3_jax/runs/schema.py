@@ -62,16 +62,16 @@ class MeshSection(Section):
 
 @dataclasses.dataclass(frozen=True)
 class SourceSection(Section):
-    """`[data.sources.NAME]`: documents or conversations."""
+    """`[data.sources.NAME]`: a folder of tokenised documents or conversations."""
 
-    paths: tuple[str, ...] = ()
-    """Files or globs, local or in an object store: JSONL (.gz, .zst), Parquet, text, or ArrayRecord that is prepared."""
-    kind: Literal["text", "chat"] = "text"
-    """Documents, or messages that go through the chat template and count on the assistant's tokens only."""
-    field: str | None = None
-    """The field of a record that holds the text or the messages; None: text, or messages."""
-    too_long: Literal["cut", "drop"] = "cut"
-    """What becomes of a conversation longer than a row."""
+    folder: str = ""
+    """That `qwen3-jax data prepare` has written, local or in an object store."""
+    min_tokens: int = 2
+    """Tokens of the documents that are taken: at least."""
+    max_tokens: int | None = None
+    """Likewise: at most; None: any number."""
+    over_long: Literal["split", "cut", "drop"] | None = None
+    """A document longer than a row is split over rows, cut or dropped; None: split, but cut where there are conversations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +80,10 @@ class DataSection(Section):
 
     sources: Mapping[str, SourceSection] = dataclasses.field(default_factory=dict)
     """The sources, by the names that stages mix them under."""
-    tokenizer: str | None = None
-    """Folder with tokenizer.json; None: the model's folder."""
-    shards: int = 256
-    """Logical shards, each with a packer of its own; the same whatever the number of processes."""
-    bad_records: float = 0.001
-    """Share of records, 0 to 1, that may be unreadable before the run stops."""
+    shards: int | None = None
+    """Logical shards, each with a packer of its own, whatever the number of processes: a divisor of each stage's batch."""
+    waiting: int = 32
+    """Documents that a shard keeps waiting for a row where they fit."""
     prefetch: int = 2
     """Batches that are made ahead of the step."""
 
@@ -209,10 +207,12 @@ class WatchSection(Section):
     """Write TensorBoard event files too."""
     wandb: str | None = None
     """W&B project; None: none."""
-    held_out: tuple[str, ...] = ()
-    """Files of held-out text."""
+    held_out: str | None = None
+    """Folder of held-out documents, tokenised as the sources are; None: none."""
     held_out_every: int = 500
-    """Steps between measurements of the held-out loss."""
+    """Steps between measurements of the held-out loss, and between completions of the prompts."""
+    held_out_batches: int = 8
+    """Batches of a measurement, the same ones every time."""
     prompts: tuple[str, ...] = ()
     """Prompts that the model completes then, to be read."""
     profile: tuple[int, int] | None = None

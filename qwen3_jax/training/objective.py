@@ -44,7 +44,7 @@ class Objective:
 
 def gradient(
     objective: Objective,
-    run: Callable[[Any, Any], tuple[Any, Any]],
+    run: Callable[[Any, Any], Any],
     params: Any,
     batch: Any,
     scale: Float[Array, ""] | float = 1.0,
@@ -53,7 +53,7 @@ def gradient(
 
     Args:
         objective: the weights.
-        run: parameters and rows to the model and its Output.
+        run: parameters and rows to the model's Output, with its losses.
         params: what is differentiated.
         batch: the rows (qwen3_jax.training.step.Batch), a multiple of `parts` of them.
         scale: what the loss is multiplied by before, and the gradient divided by after.
@@ -69,10 +69,9 @@ def gradient(
     real = at_least_something(real)
 
     def loss(params: Any, part: Any, seen: Any) -> tuple[jax.Array, dict[str, Any]]:
-        model, out = run(params, part)
-        losses, log_sum = model.losses(out.hidden, part.labels)
+        out = run(params, part)
         weights = label_weights(part.labels, part.mask)
-        words, squares = ((x * weights).sum() / normaliser for x in (losses, jnp.square(log_sum)))
+        words, squares = ((x * weights).sum() / normaliser for x in (out.losses, jnp.square(out.normaliser)))
         counts = jax.lax.stop_gradient(out.counts.sum(axis=1))
         held = (
             counts if objective.balance_over == "microbatch" else seen if objective.balance_over == "exact" else seen + counts
@@ -140,7 +139,7 @@ def _zeros(like: Any) -> jax.Array:
 
 
 def _no_counts(run: Any, params: Any, parts: Any) -> jax.Array:
-    form = jax.eval_shape(lambda params, part: run(params, part)[1].counts.sum(axis=1), params, _first(parts))
+    form = jax.eval_shape(lambda params, part: run(params, part).counts.sum(axis=1), params, _first(parts))
     return _zeros(form)
 
 
@@ -148,6 +147,6 @@ def _counted(run: Any, params: Any, parts: Any, zero: Any) -> jax.Array:
     """How many tokens of the whole batch choose each expert: a pass without gradients."""
 
     def step(seen: Any, part: Any) -> tuple[Any, None]:
-        return seen + run(params, part)[1].counts.sum(axis=1), None
+        return seen + run(params, part).counts.sum(axis=1), None
 
     return jax.lax.stop_gradient(jax.lax.scan(step, zero, parts)[0])

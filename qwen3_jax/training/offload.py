@@ -48,7 +48,9 @@ def put_back(new: Any, old: Any) -> Any:
     Returns:
         The new tree.
     """
-    return jax.tree.map(lambda after, before: jax.device_put(after, jax.memory.Space.Host) if _on_host(before) else after, new, old)
+    return jax.tree.map(
+        lambda after, before: jax.device_put(after, jax.memory.Space.Host) if _on_host(before) else after, new, old
+    )
 
 
 def _on_host(leaf: Any) -> bool:

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.abstract import abstract_model
-from qwen3_jax.model.transformer import Qwen3
+from qwen3_jax.model.transformer import Output, Qwen3
 from qwen3_jax.parallel.mesh import MeshError, mesh_of, on_mesh_of, said
 from qwen3_jax.parallel.rules import RULES, Rules
 from qwen3_jax.training.guard import Guard, all_finite, chosen, init_guard
@@ -71,10 +71,10 @@ def init_train_state(
     loss_scale: float = 2.0**15,
     offload: bool = False,
 ) -> TrainState:
-    """The state before the first step; its parameters are the model's own arrays, and the first step takes the trained ones.
+    """The state before the first step; its parameters are the model's own arrays, and the first step takes those it trains.
 
-    A step donates what it trains: use `trained_model` afterwards, not the model given here. On a mesh the optimizer's state
-    lies as the parameters do.
+    A step donates its state but for what is frozen: use `trained_model` afterwards, not the model given here. On a mesh the
+    optimizer's state lies as the parameters do.
 
     Args:
         model: where training begins.
@@ -199,9 +199,9 @@ class TrainStep:
 def _split(
     config: Qwen3Config, mesh: Mesh | None, rules: Rules, dtype: jnp.dtype, adapt: Adapt | None
 ) -> tuple[Any, dict[str, Any]]:
-    """What a mesh and the rules make of the config: all of a model but its parameters, and their shardings by name."""
+    """What a mesh and the rules make of the config: all of a model but its parameters, and these as shapes by name."""
     graph, params = nnx.split(abstract_model(config, mesh, rules=rules, dtype=dtype, adapt=adapt), nnx.Param)
-    return graph, {name: leaf.sharding for name, leaf in _named(params)}
+    return graph, dict(_named(params))
 
 
 def _named(params: Any) -> list[tuple[str, Any]]:
@@ -217,10 +217,13 @@ def _graph_for(params: Any, config: Qwen3Config, rules: Rules, dtype: jnp.dtype,
     for name in sorted(names ^ wanted.keys()):
         which = f"has the parameter {name}, and the model has none" if name in names else f"lacks the parameter {name}"
         raise ValueError(f"the state {which} with adapt={adapt}: accepted are the adapters that the model was given")
+    for name, leaf in named:
+        if "lora." in name and leaf.shape != wanted[name].shape:
+            raise ValueError(f"the state's {name} is {list(leaf.shape)}: with adapt={adapt} it is {list(wanted[name].shape)}")
     if mesh is None:
         return graph
     for name, leaf in named:
-        rule = wanted[name]
+        rule = wanted[name].sharding
         if leaf.sharding == rule or leaf.sharding.is_equivalent_to(rule, leaf.ndim):
             continue
         found = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else leaf.sharding
@@ -286,9 +289,9 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
     def step(state: TrainState, frozen: Any, batch: Batch, graph: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        def run(params: Any, rows: Batch) -> tuple[Qwen3, Any]:
+        def run(params: Any, rows: Batch) -> Output:
             model = nnx.merge(graph, params) if frozen is None else nnx.merge(graph, params, frozen)
-            return model, model(rows.tokens, segment_ids=rows.segment_ids, output="hidden", remat=remat)
+            return model(rows.tokens, segment_ids=rows.segment_ids, labels=rows.labels, output="hidden", remat=remat)
 
         grads, metrics = gradient(objective, run, state.params, batch, state.guard.scale if scaling else 1.0)
         metrics["grad_norm"] = norm = optax.tree.norm(grads)

@@ -5,7 +5,6 @@ for them, and a row of a table is read by few tokens.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,21 +85,25 @@ def attach(model: Qwen3, config: LoraConfig, key: jax.Array, *, param_dtype: DTy
     if adapted(model):
         raise ValueError("the model has adapters already: accepted is one without; `merge` makes one of it")
     model = _copy(model)
-    count = 0
-    with on_mesh_of(model), use_rules(model.rules):
-        for number, (module, kind, name) in enumerate(_matrices(model)):
-            if not config.wants(kind, name):
-                continue
-            weight, outputs = _weight(module, name)
-            part = jax.random.fold_in(key, number)
-            pair = Adapter(weight, outputs, config.rank, config.scale, part, param_dtype=param_dtype)
-            _set_lora(module, name, pair)
-            count += 1
-    if not count:
+    wanted = [
+        (number, module, name) for number, (module, kind, name) in enumerate(_matrices(model)) if config.wants(kind, name)
+    ]
+    if not wanted:
         raise ValueError(
-            f"the model has none of the targets {', '.join(config.targets)}: a dense one has no moe, and no mlp "
-            "has one whose layers are all mixtures of experts"
+            f"the model has none of the targets {', '.join(config.targets)}: accepted are attention, mlp where layers are "
+            "dense and moe where they have experts"
         )
+
+    def pairs(key: jax.Array) -> list[Adapter]:
+        parts = [jax.random.fold_in(key, number) for number, *_ in wanted]
+        matrices = [_weight(module, name) for _, module, name in wanted]
+        options = dict(rank=config.rank, scale=config.scale, param_dtype=param_dtype)
+        return [Adapter(*matrix, key=part, **options) for matrix, part in zip(matrices, parts, strict=True)]
+
+    with on_mesh_of(model), use_rules(model.rules):
+        made = jax.jit(pairs)(key)  # one program: single operations would be a small one for each shape
+    for (_, module, name), pair in zip(wanted, made, strict=True):
+        _set_lora(module, name, pair)
     return model
 
 
@@ -119,15 +122,17 @@ def merge(model: Qwen3) -> Qwen3:
     if not adapted(model):
         raise ValueError("the model has no adapters: accepted is one that `attach` gave them")
     model = _copy(model)
+    places = [(module, name) for module, _, name in _matrices(model) if _lora(module, name) is not None]
+    outputs = [_weight(module, name)[1] for module, name in places]
+
+    def run(given: list[tuple[nnx.Param, Any]]) -> list[jax.Array]:
+        return [_merged(weight, pair, count) for (weight, pair), count in zip(given, outputs, strict=True)]
+
     with on_mesh_of(model):
-        for module, _, name in _matrices(model):
-            pair = _lora(module, name)
-            if pair is not None:
-                weight, outputs = _weight(module, name)
-                weight.set_value(
-                    _merged(weight[...], pair.a[...], pair.b[...], pair.scale, outputs, isinstance(weight, ExpertParam))
-                )
-                _set_lora(module, name, None)
+        made = jax.jit(run)([(_weight(module, name)[0], _lora(module, name)) for module, name in places])
+    for (module, name), values in zip(places, made, strict=True):
+        _weight(module, name)[0].set_value(values)
+        _set_lora(module, name, None)
     return model
 
 
@@ -137,8 +142,8 @@ def adapted(model: Qwen3) -> bool:
 
 
 def _copy(model: Qwen3) -> Qwen3:
-    """Modules of its own, the same arrays."""
-    return nnx.merge(*nnx.split(model))
+    """Modules and variables of its own, the same arrays."""
+    return jax.tree.map(lambda leaf: leaf, model)
 
 
 def _matrices(model: Qwen3) -> Iterator[tuple[Any, str, str]]:
@@ -171,29 +176,23 @@ def _set_lora(module: Any, name: str, pair: Adapter | None) -> None:
         found.lora = nnx.data(pair)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _merged(weight: Any, a: Any, b: Any, scale: float, outputs: int, experts: bool) -> jax.Array:
+def _merged(weight: nnx.Param, pair: Adapter, outputs: int) -> jax.Array:
     """One layer after another: the float32 updates of all layers at once would take more memory than the weights."""
-    letters = "opqijk"[: weight.ndim - 1]
-    first, out = letters[:experts], letters[experts:][:outputs]
-    inner = letters[len(first + out) :]
+    letters = "opqijk"[: weight.ndim - 1]  # of the weight's axes without that of layers
+    inner = isinstance(weight, ExpertParam) + outputs
+    b_letters = letters[:inner] + "r"
+    a_letters = letters[: inner - outputs] + "r" + letters[inner:]
 
     def one(layer: tuple[Any, Any, Any]) -> jax.Array:
         weight, a, b = layer
         layout = None if meshless() else jax.typeof(weight).sharding.spec
-        if layout is not None:
-            by_letter = dict(zip(letters, layout, strict=True))
-            a, b = (
-                jax.sharding.reshard(x, PartitionSpec(*map(by_letter.get, names)))
-                for x, names in ((a, f"{first}r{inner}"), (b, f"{first}{out}r"))
-            )
-        update = jnp.einsum(
-            f"{first}{out}r,{first}r{inner}->{letters}",
-            b.astype(jnp.float32),
-            a.astype(jnp.float32),
-            precision="highest",
-            out_sharding=layout,
-        )
-        return (weight.astype(jnp.float32) + scale * update).astype(weight.dtype)
+        if layout is not None:  # the factors as the weight is split, so that nothing of the update travels
+            axes: dict[str, Any] = dict(zip(letters, layout, strict=True))
+            a = jax.sharding.reshard(a, PartitionSpec(*[axes.get(letter) for letter in a_letters]))
+            b = jax.sharding.reshard(b, PartitionSpec(*[axes.get(letter) for letter in b_letters]))
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        formula = f"{b_letters},{a_letters}->{letters}"
+        update = jnp.einsum(formula, b, a, precision="highest", out_sharding=layout)
+        return (weight.astype(jnp.float32) + pair.scale * update).astype(weight.dtype)
 
-    return jax.lax.map(one, (weight, a, b))
+    return jax.lax.map(one, (weight[...], pair.a[...], pair.b[...]))

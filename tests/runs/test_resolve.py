@@ -15,9 +15,13 @@ name = "base"
 preset = "qwen3-0.6b"
 
 [data.sources.web]
-paths = [
-  "a.jsonl",
-  "b.jsonl",
+folder = "prepared/web"
+max_tokens = 4096
+
+[watch]
+prompts = [
+  "a",
+  "b",
 ]
 
 [stages.first]
@@ -63,13 +67,13 @@ def test_values_are_the_last_given_and_keep_their_origin(run):
     first, second = found.run.stages.values()
     assert (first.tokens, first.learning_rate, dict(first.mixture)) == (1048576, 1e-3, {"web": 2.0})
     assert (second.seq, second.learning_rate, second.steps) == (2048, 3e-4, 2)
-    assert found.run.data.sources["web"].paths == ("a.jsonl", "b.jsonl")
+    assert found.run.watch.prompts == ("a", "b")
     assert (found.run.optimizer.b1, found.run.optimizer.b2, found.run.mesh.axes) == (0.8, 0.99, "fsdp=8")
     base, own = run.parent / "base.toml", run
     origins = {".".join(key): origin for key, origin in found.origins.items()}
     assert origins["name"] == f"{base}:1"
-    assert origins["data.sources.web.paths"] == f"{base}:7"
-    assert origins["stages.first.tokens"] == f"{base}:13"
+    assert origins["watch.prompts"] == f"{base}:11"
+    assert origins["stages.first.tokens"] == f"{base}:17"
     assert origins["optimizer.b2"] == f"{own}:4"
     assert origins["stages.first.mixture.web"] == f"{own}:8"
     assert origins["stages.second.seq"] == origins["optimizer.b1"] == "command line"
@@ -119,12 +123,12 @@ def test_an_optional_section_is_there_once_it_is_named(run, line):
         (
             "mixture = { web = 2 }",
             "batch = 7",
-            r"1048576, 36.57 steps of 7 x 4096 .*as 1032192 or 1060864; .*base.toml:13; .*run.toml:8",
+            r"1048576, 36.57 steps of 7 x 4096 .*as 1032192 or 1060864; .*base.toml:17; .*run.toml:8",
         ),
         (
             "mixture = { web = 2 }",
             "accumulation = 3",
-            r"batch is 8 rows in 3 parts: 8 / 3 leaves 2; stages.first.batch is from .*:14",
+            r"batch is 8 rows in 3 parts: 8 / 3 leaves 2; stages.first.batch is from .*:18",
         ),
         ("mixture = { web = 2 }", "warmup = 1048577", r"warmup and decay are 1048577 tokens of a stage of 1048576"),
         ("mixture = { web = 2 }", "decay = 4096", r"decay with schedule cosine: accepted is warmup-stable-decay"),
