@@ -32,7 +32,8 @@ from qwen3_jax.training.journal import Journal
 from qwen3_jax.training.loop import Loop, Policy, Progress, Stage
 from qwen3_jax.training.optimizer import adamw, muon
 from qwen3_jax.training.schedule import Phase, schedule
-from qwen3_jax.training.step import abstract_train_state, init_train_state, make_train_step
+from qwen3_jax.training.state import abstract_train_state, init_train_state
+from qwen3_jax.training.step import make_train_step
 from qwen3_jax.training.stopping import Stopping
 from qwen3_jax.tune.lora import LoraConfig, attach
 
@@ -175,24 +176,21 @@ def _begin(
     said: Callable[[str], None],
 ) -> tuple[Any, Progress]:
     """The newest checkpoint that can be read, or a new state."""
+    param_dtype = jnp.dtype(run.model.param_dtype if run.lora is None else run.lora.base_dtype)
     if checkpoints.steps():
-        base = None if run.lora is None else _model(run, config, mesh, rules)
-        like = abstract_train_state(
-            config,
-            optimizer,
-            mesh,
-            rules=rules,
-            param_dtype=jnp.dtype(run.model.param_dtype),
-            base=base,
-            offload=run.optimizer.offload,
-        )
+        options: dict[str, Any] = dict(rules=rules, param_dtype=param_dtype, adapt=lora_config(run))
+        like = abstract_train_state(config, optimizer, mesh, offload=run.optimizer.offload, **options)
         found = checkpoints.restore(like)
         if found is not None:
             for step, reason in found.passed_over.items():
                 said(f"checkpoint {step} cannot be read, so step {found.step} is gone on from: {reason}")
             said(f"goes on at step {found.step:,}, from {checkpoints.folder}")
             _say_changes(run, found.run["config"], said)
-            return found.state, Progress(**found.run["progress"])
+            state = found.state
+            if run.lora is not None:  # the base is not saved again and again: it is where it was
+                frozen = nnx.state(_model(run, config, mesh, rules), nnx.LoRAParam, nnx.Param)[1]
+                state = dataclasses.replace(state, frozen=frozen)
+            return state, Progress(**found.run["progress"])
     model = _model(run, config, mesh, rules)
     trainable = nnx.Param if run.lora is None else nnx.LoRAParam
     state = init_train_state(
@@ -229,9 +227,8 @@ def _model(run: Run, config: Qwen3Config, mesh: Mesh, rules: Rules) -> Qwen3:
             model = jax.jit(
                 lambda key: Qwen3(config, rngs=nnx.Rngs(params=key), dtype=dtype, param_dtype=param_dtype, rules=rules)
             )(jax.random.key(run.seed))
-    if run.lora is None:
-        return model
-    return attach(model, lora_config(run), jax.random.key(run.seed))
+    adapt = lora_config(run)
+    return model if adapt is None else attach(model, adapt, jax.random.key(run.seed))
 
 
 def lora_config(run: Run) -> LoraConfig | None:

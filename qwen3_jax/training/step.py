@@ -9,132 +9,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from qwen3_jax.config import Qwen3Config
-from qwen3_jax.model.abstract import abstract_model
-from qwen3_jax.model.transformer import Output, Qwen3
-from qwen3_jax.parallel.mesh import MeshError, mesh_of, on_mesh_of, said
+from qwen3_jax.model.transformer import Output
+from qwen3_jax.parallel.mesh import on_mesh_of
 from qwen3_jax.parallel.rules import RULES, Rules
-from qwen3_jax.training.guard import Guard, all_finite, chosen, init_guard
+from qwen3_jax.training.guard import all_finite, chosen
 from qwen3_jax.training.objective import BalanceOver, Objective, gradient
-from qwen3_jax.training.offload import fetched, put_back, to_host
+from qwen3_jax.training.offload import fetched, put_back
 from qwen3_jax.training.router import router_metrics
-
-Adapt = Callable[[Qwen3], Qwen3]  # hashable: a LoraConfig, which attaches adapters
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """What a step reads and writes. A pytree, donated to the step.
-
-    Attributes:
-        step: int32 scalar, steps done.
-        params: nnx.State of the parameters that are trained: every nnx.Param of the model, or its adapters.
-        opt_state: the optimizer's.
-        guard: what is remembered of steps that were not finite, and the loss scale of float16.
-        frozen: nnx.State of those that are not; None where all are trained. Never given away: they stay the model's own.
-    """
-
-    step: Any
-    params: Any
-    opt_state: Any
-    guard: Guard
-    frozen: Any = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """One batch of rows, each a document or several packed ones.
-
-    Attributes:
-        tokens: [B, T] int32.
-        labels: [B, T] int32, the word that follows each token.
-        mask: [B, T], weight of each label in the loss; 0 leaves it out.
-        segment_ids: [B, T] int32, the document of each token, 0 padding; None: each row is one document.
-    """
-
-    tokens: Any
-    labels: Any
-    mask: Any
-    segment_ids: Any = None
-
-
-def init_train_state(
-    model: Qwen3,
-    optimizer: optax.GradientTransformation,
-    *,
-    trainable: type[nnx.Param] = nnx.Param,
-    loss_scale: float = 2.0**15,
-    offload: bool = False,
-) -> TrainState:
-    """The state before the first step; its parameters are the model's own arrays, and the first step takes those it trains.
-
-    A step donates its state but for what is frozen: use `trained_model` afterwards, not the model given here. On a mesh the
-    optimizer's state lies as the parameters do.
-
-    Args:
-        model: where training begins.
-        optimizer: an optax transformation.
-        trainable: the parameters that are trained: all, or nnx.LoRAParam for adapters alone. The others are frozen: they have
-            no gradient and no optimizer state.
-        loss_scale: where dynamic loss scaling begins, if the steps compute in float16.
-        offload: keep the optimizer's state in host memory; each step fetches it.
-
-    Returns:
-        The state.
-
-    Raises:
-        ValueError: the model has none of these parameters.
-    """
-    params, frozen = nnx.state(model, trainable, nnx.Param)
-    if not jax.tree.leaves(params):
-        raise ValueError(f"the model has no {trainable.__name__}: accepted is one that has what is to be trained")
-    with on_mesh_of(params):
-        opt_state = jax.jit(optimizer.init)(params)
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=to_host(opt_state) if offload else opt_state,
-            guard=init_guard(loss_scale),
-            frozen=frozen if jax.tree.leaves(frozen) else None,
-        )
-
-
-def trained_model(
-    config: Qwen3Config,
-    state: TrainState,
-    *,
-    dtype: DTypeLike = jnp.bfloat16,
-    rules: Rules = RULES,
-    adapt: Adapt | None = None,
-) -> Qwen3:
-    """The model that a state's parameters make.
-
-    Args:
-        config: the model's shape.
-        state: the state.
-        dtype: compute dtype.
-        rules: which mesh axes split what; those of the model that was trained.
-        adapt: the adapters that it has, a LoraConfig.
-
-    Returns:
-        The model; it shares the state's arrays.
-
-    Raises:
-        MeshError: the state lies otherwise than these rules say.
-        ValueError: the state is of a model with other adapters.
-    """
-    parts = _parts(state)
-    return nnx.merge(_graph_for(parts, config, rules, jnp.dtype(dtype), adapt), *parts)
-
-
-def _parts(state: TrainState) -> tuple[Any, ...]:
-    """The states that make a model."""
-    return (state.params,) if state.frozen is None else (state.params, state.frozen)
+from qwen3_jax.training.state import Adapt, Batch, TrainState, graph_for, parts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,46 +77,7 @@ class TrainStep:
         rows = batch.tokens.shape[0]
         if rows % self.parts:
             raise ValueError(f"{rows} rows in {self.parts} parts: {rows} / {self.parts} leaves {rows % self.parts}")
-        return self.graph(_parts(state))
-
-
-@functools.cache
-def _split(
-    config: Qwen3Config, mesh: Mesh | None, rules: Rules, dtype: jnp.dtype, adapt: Adapt | None
-) -> tuple[Any, dict[str, Any]]:
-    """What a mesh and the rules make of the config: all of a model but its parameters, and these as shapes by name."""
-    graph, params = nnx.split(abstract_model(config, mesh, rules=rules, dtype=dtype, adapt=adapt), nnx.Param)
-    return graph, dict(_named(params))
-
-
-def _named(params: Any) -> list[tuple[str, Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return [(jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"), leaf) for path, leaf in leaves]
-
-
-def _graph_for(params: Any, config: Qwen3Config, rules: Rules, dtype: jnp.dtype, adapt: Adapt | None) -> Any:
-    """All of the model but these parameters, which must lie as the rules say: no layer looks at how its weights do."""
-    mesh, named = mesh_of(params), [pair for part in params for pair in _named(part)]
-    graph, wanted = _split(config, mesh, rules, dtype, adapt)
-    names = {name for name, _ in named}
-    for name in sorted(names ^ wanted.keys()):
-        which = f"has the parameter {name}, and the model has none" if name in names else f"lacks the parameter {name}"
-        raise ValueError(f"the state {which} with adapt={adapt}: accepted are the adapters that the model was given")
-    for name, leaf in named:
-        if "lora." in name and leaf.shape != wanted[name].shape:
-            raise ValueError(f"the state's {name} is {list(leaf.shape)}: with adapt={adapt} it is {list(wanted[name].shape)}")
-    if mesh is None:
-        return graph
-    for name, leaf in named:
-        rule = wanted[name].sharding
-        if leaf.sharding == rule or leaf.sharding.is_equivalent_to(rule, leaf.ndim):
-            continue
-        found = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else leaf.sharding
-        raise MeshError(
-            f"parameter {name} lies as {found} on {said(mesh)}, and the rules say {rule.spec}: accepted are the rules "
-            "that the model was made with"
-        )
-    return graph
+        return self.graph(parts_of(state))
 
 
 def make_train_step(
@@ -307,6 +153,4 @@ def make_train_step(
         metrics |= dict(skipped=guard.skipped, skipped_in_a_row=guard.in_a_row, loss_scale=guard.scale)
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, guard=guard), metrics
 
-    return TrainStep(
-        step, functools.partial(_graph_for, config=config, rules=rules, dtype=jnp.dtype(dtype), adapt=adapt), parts
-    )
+    return TrainStep(step, functools.partial(graph_for, config=config, rules=rules, dtype=jnp.dtype(dtype), adapt=adapt), parts)

@@ -20,7 +20,7 @@ from qwen3_jax.parallel.mesh import MeshError
 from qwen3_jax.parallel.rules import RULES, Rules
 from qwen3_jax.training.guard import init_guard
 from qwen3_jax.training.losses import cross_entropy, load_balancing_loss, mean_loss
-from qwen3_jax.training.step import TrainState, trained_model
+from qwen3_jax.training.state import TrainState, trained_model
 from tests.model.models import CONFIGS, random_model
 
 ROWS, LENGTH = 8, 64  # 512 tokens

@@ -27,7 +27,7 @@ from qwen3_jax.checkpoint.reading import CheckpointError
 from qwen3_jax.checks import ConfigError
 from qwen3_jax.parallel.dispatch import Dispatch
 from qwen3_jax.parallel.rules import RULES
-from qwen3_jax.training.step import trained_model
+from qwen3_jax.training.state import trained_model
 from qwen3_jax.tune.lora import LoraConfig, attach, merge
 from tests.model.models import CONFIGS, random_model, random_tokens
 
