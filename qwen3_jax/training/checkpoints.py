@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 # What Orbax and TensorStore raise of files that are missing, cut off or changed.
 BROKEN = (ValueError, OSError, KeyError, TypeError)
-MOST_CHUNKS = 2**14  # of an array on one process
+LEAST_CHUNK = 2**18  # bytes; smaller ones cost more than they spare
 
 
 class TrainingCheckpointError(ValueError):
@@ -63,7 +63,8 @@ class Checkpoints:
             create=True,
         )
         self.folder = Path(folder)
-        self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """The steps of all that are whole, ascending."""
@@ -127,7 +128,10 @@ class Checkpoints:
                             state=ocp.args.PyTreeRestore(wanted, restore_args=restore_args), run=ocp.args.JsonRestore()
                         ),
                     )
-            except BROKEN as error:
+            except Exception as error:
+                # Orbax tells some failed reads as a bare Exception, whose cause is TensorStore's.
+                if not isinstance(error, BROKEN) and not isinstance(error.__cause__, BROKEN):
+                    raise
                 passed_over[step] = (str(error).splitlines() or [type(error).__name__])[0][:300]
                 logger.warning("checkpoint %d of %s cannot be read, an older one is taken: %s", step, self.folder, error)
                 continue
@@ -152,11 +156,11 @@ class Checkpoints:
         """Refuse a checkpoint of something else; one whose metadata cannot be read is left to the restore."""
         try:
             metadata = self._manager.item_metadata(step)["state"]
-            there = {
-                name: tuple(leaf.shape) for name, leaf in dict(metadata.tree if hasattr(metadata, "tree") else metadata).items()
-            }
         except BROKEN:
             return
+        if metadata is None or metadata.tree is None:
+            return
+        there = {name: tuple(leaf.shape) for name, leaf in metadata.tree.items()}
         here = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
         for name in sorted(there.keys() ^ here.keys()):
             which = "has" if name in there else "lacks"
@@ -218,6 +222,5 @@ def _chunks(leaf: Any) -> ocp.SaveArgs:
     if len(local) < 3:
         return ocp.SaveArgs()
     count = local[0] * (local[1] if len(local) > 3 else 1)
-    if count > MOST_CHUNKS:
-        count = local[0]
-    return ocp.SaveArgs(chunk_byte_size=math.prod(local) * leaf.dtype.itemsize // count, shard_axes=(0, 1))
+    size = math.prod(local) * leaf.dtype.itemsize // count
+    return ocp.SaveArgs() if size < LEAST_CHUNK else ocp.SaveArgs(chunk_byte_size=size, shard_axes=(0, 1))
