@@ -63,6 +63,7 @@ class Checkpoints:
             create=True,
         )
         self.folder = Path(folder)
+        self._damaged: set[int] = set()
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=handlers)
 
@@ -73,6 +74,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, run: Mapping[str, Any]) -> None:
         """Begin to save; what the arrays hold now is what is written, though they may be donated afterwards.
 
+        A step that is saved already is left alone, unless it could not be read: then it is written anew.
+
         Args:
             step: its number.
             state: a TrainState.
@@ -82,6 +85,11 @@ class Checkpoints:
             TrainingCheckpointError: this save, or the one before it, has failed: no room, no rights.
         """
         with self._told(f"checkpoint {step}"):
+            if step in self._manager.all_steps():
+                if step not in self._damaged:
+                    return
+                self._manager.delete(step)
+                self._damaged.remove(step)
             arrays = named_arrays(state)
             self._manager.save(
                 step,
@@ -132,6 +140,7 @@ class Checkpoints:
                 # Orbax tells some failed reads as a bare Exception, whose cause is TensorStore's.
                 if not isinstance(error, BROKEN) and not isinstance(error.__cause__, BROKEN):
                     raise
+                self._damaged.add(step)
                 passed_over[step] = (str(error).splitlines() or [type(error).__name__])[0][:300]
                 logger.warning("checkpoint %d of %s cannot be read, an older one is taken: %s", step, self.folder, error)
                 continue

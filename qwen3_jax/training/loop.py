@@ -7,13 +7,12 @@ run's end wait for the last step.
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 
 from qwen3_jax.training.checkpoints import Checkpoints
 from qwen3_jax.training.journal import Journal, plain
-from qwen3_jax.training.stopping import Stopping
 
 RUNNING_MEAN = 0.98  # share of the past in the mean that a spike is measured against
 
@@ -41,6 +40,7 @@ class Stage:
     open_data: Callable[[Mapping[str, Any] | None], Any]
 
 
+@runtime_checkable
 class Data(Protocol):
     """Batches of a stage on the mesh, and where they stand: what a loop needs of a loader."""
 
@@ -55,6 +55,14 @@ class Data(Protocol):
 
     def close(self) -> None:
         """Stop reading ahead."""
+
+
+@runtime_checkable
+class Ends(Protocol):
+    """Whether a run has been told to end: qwen3_jax.training.stopping.Stopping."""
+
+    def asked(self, step: int) -> bool:
+        """Whether to end before this step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +148,7 @@ class Loop:
         """Of all stages."""
         return sum(stage.steps for stage in self._stages)
 
-    def run(self, state: Any, progress: Progress, stopping: Stopping) -> tuple[Any, bool]:
+    def run(self, state: Any, progress: Progress, stopping: Ends) -> tuple[Any, bool]:
         """Train to the end, or until told to end.
 
         Args:
@@ -168,8 +176,7 @@ class Loop:
                 return state, False
             progress.data = None
         self._end_trace()
-        if at not in self._checkpoints.steps():
-            self._save(at, state, progress)
+        self._save(at, state, progress)
         self._checkpoints.wait()
         return state, True
 
@@ -182,7 +189,7 @@ class Loop:
         raise ValueError(f"step {step} of {self.steps}: accepted is one before the last")
 
     def _run_stage(
-        self, stage: Stage, first: int, state: Any, progress: Progress, data: Data, stopping: Stopping
+        self, stage: Stage, first: int, state: Any, progress: Progress, data: Data, stopping: Ends
     ) -> tuple[Any, int, bool]:
         at, fresh, waiting = int(state.step), True, None
         while at < first + stage.steps:

@@ -96,9 +96,17 @@ def test_a_damaged_newest_is_passed_over_and_said(saved, harm):
         shutil.rmtree(saved / "30" / "state")
     with Checkpoints(saved) as checkpoints:
         found = checkpoints.restore(like_of())
-    assert found is not None and found.step == 20
-    assert list(found.passed_over) == [30] and len(found.passed_over[30]) > 10
-    assert_equal(found.state, dataclasses.replace(state_of(), step=jnp.int32(20)))
+        assert found is not None and found.step == 20
+        assert list(found.passed_over) == [30] and len(found.passed_over[30]) > 10
+        assert_equal(found.state, dataclasses.replace(state_of(), step=jnp.int32(20)))
+        # When the run comes there again it is written anew; one that is whole is left alone.
+        for step in (20, 30):
+            checkpoints.save(step, found.state, {"again": step})
+        checkpoints.wait()
+    with Checkpoints(saved) as checkpoints:
+        again = checkpoints.restore(like_of())
+    assert again is not None and (again.step, again.run) == (30, {"again": 30})
+    assert_equal(again.state, found.state)
 
 
 @abandons
