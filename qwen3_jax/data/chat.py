@@ -1,8 +1,8 @@
 """Conversations: through the chat template to tokens, with a loss on the assistant's own alone, and the soft switches of thinking.
 
-The hybrid template shows a thought only after the last question; earlier answers stand there without, which no model writes. So a
-conversation becomes as few samples as show every answer the way it was generated: one where rendering goes on from where it was
-(Instruct-2507, Coder, the steps of one question), else one a question. Each answer is a target in one sample exactly.
+The hybrid template shows a thought only after the last question; earlier answers stand there without, which no model writes. So
+a conversation becomes as few samples as show every answer the way it was generated: one where rendering goes on from where it
+was (Instruct-2507, Coder, the steps of one question), else one a question. Each answer is a target in one sample exactly.
 """
 
 from __future__ import annotations
@@ -150,9 +150,9 @@ def _tokens(encode: Callable[[str], list[int]], text: str, spans: Sequence[tuple
 def with_flags(messages: Sequence[Mapping[str, Any]], draw: random.Random, rate: float) -> list[dict[str, Any]]:
     """Messages whose questions carry the soft switch that their answers follow.
 
-    An answer without a thought is given under `/no_think`, one with a thought under `/think`, which is the default. Where another switch
-    holds (or the question spells the wrong one), the right one is put after the question; where the right one holds already,
-    with a chance of `rate`. The last switch wins, as the model is taught.
+    An answer without a thought is given under `/no_think`, one with a thought under `/think`, which is the default. Where
+    another switch holds (or the question spells the wrong one), the right one is put after the question; where the right one
+    holds already, with a chance of `rate`. The last switch wins, as the model is taught.
 
     Args:
         messages: with roles and contents.

@@ -1,7 +1,7 @@
 """A document's bytes in an ArrayRecord file: little-endian uint32, one a token.
 
-The low 31 bits are the token's id. The highest bit says that the token is no target: it is read, and no loss is taken on its being
-predicted. A plain document has none of them set, so its bytes are its ids.
+The low 31 bits are the token's id. The highest bit says that the token is no target: it is read, and no loss is taken on its
+being predicted. A plain document has none of them set, so its bytes are its ids.
 """
 
 from __future__ import annotations

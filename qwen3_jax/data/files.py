@@ -1,8 +1,9 @@
 """Files, local or in an object store: found, named, opened.
 
-Paths go through fsspec: its protocols are what datasets, pandas and pyarrow users have installed already (gs:// through gcsfs, s3:// through
-s3fs, hf:// through huggingface-hub), it opens a file at any byte, which pieces of one large file need, and `memory://` lets tests
-run the very same code. etils.epath, Orbax's choice, reaches other stores than Google's through fsspec only.
+Paths go through fsspec: its protocols are what datasets, pandas and pyarrow users have installed already (gs:// through gcsfs,
+s3:// through s3fs, hf:// through huggingface-hub), it opens a file at any byte, which pieces of one large file need, and
+`memory://` lets tests run the very same code. etils.epath, Orbax's choice, reaches other stores than Google's through fsspec
+only.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def find_files(sources: Iterable[str]) -> list[File]:
     """The files that sources name.
 
     Args:
-        sources: paths of files and of folders, and patterns (`data/*.jsonl.zst`, `gs://bucket/**.parquet`). Of a folder all files
+        sources: paths of files and of folders, and patterns (`data/*.jsonl.zst`, `gs://bucket/**.parquet`). Of a folder all
+            files
             are taken, at any depth, whose names say a format; hidden ones and others are passed over.
 
     Returns:

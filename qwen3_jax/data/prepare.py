@@ -11,8 +11,8 @@ import dataclasses
 import hashlib
 import json
 import os
-import queue
 import pickle
+import queue
 import subprocess
 import sys
 import threading
@@ -100,7 +100,7 @@ def prepare(
         raise DataError(
             f"{folder} is in a store: accepted is a folder on a disk or a mount, for ArrayRecord's writer takes no other"
         )
-    tokenizer = load_tokenizer(work.tokenizer)
+    tokenizer = load_tokenizer(work.tokenizer, work.family)
     _check_end_token(tokenizer, work)
     files = find_files(sources)
     parts = pieces(files, piece_bytes)

@@ -1,7 +1,8 @@
 """One worker's work: a piece of the sources tokenised into one ArrayRecord file, its lengths and its figures beside it.
 
-The three files of part N are `part-N.array_record`, `part-N.lengths.npy` (uint32, tokens of each document) and `part-N.json`. Each
-appears whole, by a rename, the last one last: a part whose JSON is there is done. No jax here, and no grain: workers start quickly.
+The three files of part N are `part-N.array_record`, `part-N.lengths.npy` (uint32, tokens of each document) and `part-N.json`.
+Each appears whole, by a rename, the last one last: a part whose JSON is there is done. No jax here, and no grain: workers start
+quickly.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Work:
     """What decides every byte that is written, but for the sources.
 
     Attributes:
-        tokenizer: folder of the tokenizer.
+        tokenizer: folder of the tokenizer, or its model's name on the hub.
+        family: whose chat template serves a folder without one of its own; see load_tokenizer.
         field: see records.document.
         text_document: see sources.records.
         end_token: put after each text; None: nothing is.
@@ -48,6 +50,7 @@ class Work:
     """
 
     tokenizer: str
+    family: str | None = None
     field: str | None = None
     text_document: TextDocument = "file"
     end_token: str | None = "<|endoftext|>"
@@ -244,7 +247,7 @@ def main() -> None:
         answers.flush()
 
     try:
-        tokenizer = load_tokenizer(work.tokenizer)
+        tokenizer = load_tokenizer(work.tokenizer, work.family)
         while True:
             number, piece = pickle.load(sys.stdin.buffer)
             write_part(work, piece, number, folder, tokenizer, report)
