@@ -1,4 +1,4 @@
-"""Conversations: through the chat template to tokens, with a loss on the assistant's own alone, and the soft switches of thinking.
+"""Conversations: through the chat template to tokens, a loss on the assistant's own alone, and the soft switches of thinking.
 
 The hybrid template shows a thought only after the last question; earlier answers stand there without, which no model writes. So
 a conversation becomes as few samples as show every answer the way it was generated: one where rendering goes on from where it
@@ -117,8 +117,8 @@ def _renderings(
         end = told.rfind(END_OF_TURN)
         if not told.startswith(asked) or end < len(asked):
             raise DataError(
-                f"the chat template of {tokenizer.folder} does not show an answer after its generation prompt and before {END_OF_TURN}: "
-                "accepted is one that does"
+                f"the chat template of {tokenizer.folder} does not show an answer after its generation prompt and before "
+                f"{END_OF_TURN}: accepted is one that does"
             )
         span = (len(asked), end + len(END_OF_TURN))
         if found and told.startswith(found[-1][0]):
@@ -133,7 +133,7 @@ def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Any,
 
 
 def _tokens(encode: Callable[[str], list[int]], text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
-    """Ids of a rendering, encoded span by span: an answer's tokens are then those that follow its prompt's, as when it is written."""
+    """Ids of a rendering, encoded span by span, for an answer's tokens come after its prompt's when it is generated."""
     ids: list[int] = []
     targets: list[bool] = []
     at = 0

@@ -17,12 +17,13 @@ from typing import Any, Literal
 
 Format = Literal["jsonl", "parquet", "text", "array_record"]
 
-FORMATS: dict[str, Format] = {
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
-    ".parquet": "parquet",
-    **dict.fromkeys((".txt", ".text", ".md"), "text"),
-    **dict.fromkeys((".array_record", ".arrayrecord"), "array_record"),
+_ENDINGS: dict[Format, tuple[str, ...]] = {
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "parquet": (".parquet",),
+    "text": (".txt", ".text", ".md"),
+    "array_record": (".array_record", ".arrayrecord"),
 }
+FORMATS: dict[str, Format] = {ending: kind for kind, endings in _ENDINGS.items() for ending in endings}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK = 1 << 20  # bytes of one read
 

@@ -113,7 +113,7 @@ class _Read(grain.transforms.Map):
         self._views = views
         self._slots = slots
 
-    def map(self, element: list[list[Piece]]) -> dict[str, np.ndarray]:
+    def map(self, element: Any) -> Any:
         wanted: dict[int, dict[int, bytes]] = {}
         for row in element:
             for piece in row:
@@ -277,7 +277,8 @@ def make_loader(
         raise DataError(f"seq is {seq}: accepted is at least 1")
     if not 0 <= process_index < process_count <= batch:
         raise DataError(
-            f"process_index is {process_index} of process_count {process_count}: accepted are 0 to process_count - 1, of at most {batch}"
+            f"process_index is {process_index} of process_count {process_count}: accepted are 0 to process_count - 1, "
+            f"of at most {batch} processes, a row for each"
         )
     shards_for(batch, config.shards)
     if rows is None:
@@ -317,8 +318,8 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for name in merged.keys() - {"shards"}:
             if state.get(name) != merged[name]:
                 raise DataError(
-                    f"states differ in {name}: {_short(merged[name])} and {_short(state.get(name))}: accepted are those of one run, "
-                    "taken after the same batch"
+                    f"states differ in {name}: {_short(merged[name])} and {_short(state.get(name))}: accepted are those of one "
+                    "run, taken after the same batch"
                 )
         merged["shards"] |= state["shards"]
     return merged

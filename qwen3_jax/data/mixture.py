@@ -116,8 +116,9 @@ class View:
         self._count = int(chosen.sum())
         if not self._count:
             raise DataError(
-                f"source {source.name}: none of the {len(lengths)} documents in {source.folder} has {source.min_tokens} to "
-                f"{source.max_tokens or 'any number of'} tokens{' and fits a row' if self.dropped else ''}: accepted is at least one"
+                f"source {source.name}: of {len(lengths)} documents in {source.folder} none has {source.min_tokens} to "
+                f"{source.max_tokens or 'any number of'} tokens{' and fits a row' if self.dropped else ''}: accepted is one "
+                "or more"
             )
         self._slots = slots if source.over_long == "cut" else int(most)
         self._lengths = lengths
@@ -136,10 +137,10 @@ class View:
         Returns:
             Its number in the folder, and its slots.
         """
-        number = int(self._order[place])
+        number: Any = self._order[place]
         if self._numbers is not None:
-            number = int(self._numbers[number])
-        return number, min(int(self._lengths[number]) - 1, self._slots)
+            number = self._numbers[number]
+        return int(number), min(int(self._lengths[number]) - 1, self._slots)
 
 
 def _number(*parts: Any) -> int:

@@ -11,17 +11,13 @@ import dataclasses
 import hashlib
 import json
 import os
-import pickle
-import queue
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen3_jax.chat.tokenizer import Tokenizer, load_tokenizer
 from qwen3_jax.data.files import DataError, File, find_files
+from qwen3_jax.data.processes import run_pieces
 from qwen3_jax.data.records import Tally
 from qwen3_jax.data.sources import Piece, pieces
 from qwen3_jax.data.worker import Figures, Progress, Work, part_files, read_part, write_part
@@ -118,7 +114,7 @@ def prepare(
             for number in left:
                 write_part(work, parts[number], number, place, tokenizer, state.take)
         elif left:
-            _run(work, place, parts, left, min(workers, len(left)), state.take)
+            run_pieces(work, place, parts, left, min(workers, len(left)), state.take)
         total = state.total()
         total.tally.check(max_bad_rate, least=1)
         if not total.figures.documents:
@@ -204,7 +200,8 @@ def _check_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
         if found != plan and not overwrite:
             what, was, now = _difference(found, plan)
             raise DataError(
-                f"{folder} holds a run with another {what}: {was} there, {now} here: accepted is the same, or to begin anew (overwrite)"
+                f"{folder} holds a run with another {what}: {was} there, {now} here: accepted is the same, or to begin anew "
+                "(overwrite)"
             )
         if found != plan:
             # The index first: the folder is nobody's data set from here on.
@@ -224,7 +221,7 @@ def _difference(found: Any, plan: dict[str, Any]) -> tuple[str, Any, Any]:
     changed = next(
         (pair for pair in zip(was, now, strict=False) if pair[0] != pair[1]), (f"{len(was)} files", f"{len(now)} files")
     )
-    return "set of files", *changed
+    return "set of files", changed[0], changed[1]
 
 
 def _index(folder: Path, plan: dict[str, Any], tokenizer: Tokenizer, total: Total, count: int) -> dict[str, Any]:
@@ -252,74 +249,3 @@ def _write(file: Path, content: dict[str, Any]) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(part, file)
-
-
-def _run(
-    work: Work, folder: Path, parts: Sequence[Piece], left: list[int], workers: int, take: Callable[[Progress], None]
-) -> None:
-    """Hand out pieces to processes until none is left."""
-    answers: queue.Queue[tuple[int, Progress | DataError | None]] = queue.Queue()
-    waiting = left[::-1]
-    with contextlib.ExitStack() as stack:
-        processes = [_start(work, folder, stack) for _ in range(workers)]
-        for number, process in enumerate(processes):
-            threading.Thread(target=_listen, args=(number, process, answers), daemon=True).start()
-            _hand(process, parts, waiting)
-        busy = len(processes)
-        while busy:
-            number, answer = answers.get()
-            if answer is None:
-                raise DataError(f"a worker died with exit code {processes[number].wait()}; what is done stays: run it again")
-            if isinstance(answer, DataError):
-                raise answer
-            take(answer)
-            if answer.done and not _hand(processes[number], parts, waiting):
-                busy -= 1
-
-
-def _start(work: Work, folder: Path, stack: contextlib.ExitStack) -> subprocess.Popen[bytes]:
-    # By a command, not by multiprocessing: a caller's script needs no guard, and no thread of it is forked.
-    root = str(Path(__file__).parents[2])
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-        "TOKENIZERS_PARALLELISM": "false",  # the processes are the parallelism
-    }
-    command = [sys.executable, "-m", "qwen3_jax.data.worker"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-    stack.callback(_stop, process)
-    _send(process, (work, folder))
-    return process
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.kill()  # its files appear whole or not at all
-    process.wait()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
-
-
-def _send(process: subprocess.Popen[bytes], message: Any) -> None:
-    assert process.stdin is not None  # asked for above
-    with contextlib.suppress(BrokenPipeError):  # its listener says that it died
-        pickle.dump(message, process.stdin)
-        process.stdin.flush()
-
-
-def _hand(process: subprocess.Popen[bytes], parts: Sequence[Piece], waiting: list[int]) -> bool:
-    if not waiting:
-        return False
-    number = waiting.pop()
-    _send(process, (number, parts[number]))
-    return True
-
-
-def _listen(number: int, process: subprocess.Popen[bytes], answers: queue.Queue[Any]) -> None:
-    assert process.stdout is not None  # asked for above
-    while True:
-        try:
-            answers.put((number, pickle.load(process.stdout)))
-        except (EOFError, OSError, ValueError, pickle.UnpicklingError):  # it ended, or was stopped within an answer
-            answers.put((number, None))
-            return

@@ -57,7 +57,8 @@ class Prepared:
         self.lengths = np.concatenate([np.load(self.folder / f"{part['name']}.lengths.npy") for part in self._parts])
         if len(self.lengths) != self.index["documents"] or int(self.lengths.sum()) != self.index["tokens"]:
             raise DataError(
-                f"{self.folder}: its lengths do not add up to the tokens that {INDEX} says: accepted is the folder as it was written"
+                f"{self.folder}: its lengths do not add up to the tokens that {INDEX} says: accepted is the folder as it was "
+                "written"
             )
 
     def __len__(self) -> int:

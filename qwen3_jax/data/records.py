@@ -162,7 +162,7 @@ def _content(message: Mapping[str, Any], place: str) -> str:
         texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
         if not all(isinstance(text, str) for text in texts):
             raise BadRecord(NOT_CHAT, f"{place}.content has a part that is no text")
-        content = "".join(texts)
+        content = "".join(map(str, texts))
     if not isinstance(content, str):
         raise BadRecord(NOT_CHAT, f"{place}.content is a {type(content).__name__} where text is accepted")
     calls, thought = message.get("tool_calls"), message.get("reasoning_content")
@@ -234,5 +234,6 @@ class Tally:
         kinds = ", ".join(f"{number} {kind}" for kind, number in self.bad.most_common())
         first = "\n  ".join(self.first)
         raise TooManyBadRecords(
-            f"{count} of {self.records} records are bad ({kinds}); accepted is a rate of {rate:g} (max_bad_rate). The first:\n  {first}"
+            f"{count} of {self.records} records are bad ({kinds}); accepted is a rate of {rate:g} (max_bad_rate). "
+            f"The first:\n  {first}"
         )

@@ -13,10 +13,7 @@ import copy
 import dataclasses
 import json
 import os
-import pickle
 import secrets
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_jax.chat.tokenizer import load_tokenizer
 from qwen3_jax.data.chat import ChatConfig, samples
 from qwen3_jax.data.encoding import record_bytes
 from qwen3_jax.data.files import DataError
@@ -230,37 +226,3 @@ def _into_place(part: Path, file: Path) -> None:
     finally:
         os.close(handle)
     os.replace(part, file)
-
-
-def main() -> None:
-    """Serve a `prepare` run: it sends Work and folder, then pieces; it is sent Progress, or the DataError that ends all.
-
-    What is read and written are pickles on standard input and output. Either end's death ends the other's wait.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the run's to answer
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints goes to standard error
-    work, folder = pickle.load(sys.stdin.buffer)
-
-    def report(progress: Progress | DataError) -> None:
-        pickle.dump(progress, answers)
-        answers.flush()
-
-    try:
-        tokenizer = load_tokenizer(work.tokenizer, work.family)
-        while True:
-            number, piece = pickle.load(sys.stdin.buffer)
-            write_part(work, piece, number, folder, tokenizer, report)
-    except EOFError:  # nothing more to do
-        return
-    except BrokenPipeError:  # the run is gone
-        os._exit(1)
-    except (ValueError, OSError) as error:
-        report(DataError(str(error)))
-
-
-if __name__ == "__main__":
-    # Under the name that pickles know its classes by.
-    from qwen3_jax.data.worker import main as serve
-
-    serve()
