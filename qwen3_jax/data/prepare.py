@@ -17,6 +17,7 @@ from typing import Any
 
 from qwen3_jax.chat.tokenizer import Tokenizer, load_tokenizer
 from qwen3_jax.data.files import DataError, File, find_files
+from qwen3_jax.data.prepared import INDEX, PLAN, VERSION
 from qwen3_jax.data.processes import run_pieces
 from qwen3_jax.data.records import Tally
 from qwen3_jax.data.sources import Piece, pieces
@@ -27,8 +28,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
-INDEX, PLAN, LOCK = "dataset.json", "plan.json", ".lock"
-VERSION = 1
+LOCK = ".lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +99,7 @@ def prepare(
     tokenizer = load_tokenizer(work.tokenizer, work.family)
     _check_end_token(tokenizer, work)
     files = find_files(sources)
+    _check_outside(place, sources, files)
     parts = pieces(files, piece_bytes)
     plan = _plan(work, tokenizer, files, piece_bytes)
     place.mkdir(parents=True, exist_ok=True)
@@ -152,6 +153,17 @@ class _State:
         done = sum(part.done for part in self.parts.values())
         read = sum(part.read for part in self.parts.values())
         return Total(len(self._pieces), done, self._size, read, figures, tally)
+
+
+def _check_outside(folder: Path, sources: Sequence[str], files: Sequence[File]) -> None:
+    """Refuse a folder among the sources: what is written there would be read by the next run."""
+    place = folder.resolve()
+    for path in [*sources, *(file.path for file in files)]:
+        local = Path(path).expanduser().resolve()
+        if place.is_relative_to(local) or local.is_relative_to(place):
+            raise DataError(
+                f"{folder} lies within the source {path}, or that in it: accepted is a folder apart from all sources"
+            )
 
 
 def _check_end_token(tokenizer: Tokenizer, work: Work) -> None:

@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 
 from qwen3_jax.data.files import DataError
-from qwen3_jax.data.prepare import INDEX, PLAN, VERSION
+
+# Of a prepared folder: what it holds, written last; what it is being made of, written first; the layout of both.
+INDEX, PLAN = "dataset.json", "plan.json"
+VERSION = 1
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Worker processes of `prepare`, started by a command: this file is both ends.
 
-A run sends Work and folder, then a piece at a time; a worker answers with Progress, or the DataError that ends all. What passes are
-pickles on the worker's standard input and output, so either end's death ends the other's wait.
+A run sends Work and folder, then a piece at a time; a worker answers with Progress, or the DataError that ends all. What passes
+are pickles on the worker's standard input and output, so either end's death ends the other's wait.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ def run_pieces(
         while busy:
             number, answer = answers.get()
             if answer is None:
-                raise DataError(f"a worker died with exit code {processes[number].wait()}; what is done stays: run it again")
+                code = processes[number].wait()
+                raise DataError(
+                    f"a worker died (exit code {code}; -9 is often a lack of memory); what is done stays: run it again"
+                )
             if isinstance(answer, DataError):
                 raise answer
             take(answer)

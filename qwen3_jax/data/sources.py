@@ -206,18 +206,15 @@ def _array_records(part: Part) -> Iterator[tuple[int, bytes]]:
 
     with local_copy(part.file) as path:
         reader = ArrayRecordReader(str(path))
-        try:
-            # What is no ArrayRecord opens without a word, as if it held nothing; reading says what is wrong.
-            for number in range(reader.num_records() if reader.ok() else 1):
-                try:
-                    record = reader.read()
-                except RuntimeError as error:
-                    raise DataError(
-                        f"{part.file.path} is no ArrayRecord, or damaged, at record {number + 1}: {error}"
-                    ) from error
-                yield number, record
-        finally:
-            reader.close()
+        # What is no ArrayRecord opens without a word, as if it held nothing; reading says what is wrong.
+        for number in range(reader.num_records() if reader.ok() else 1):
+            try:
+                record = reader.read()
+            except RuntimeError as error:
+                found = f"{part.file.path} is no ArrayRecord, or damaged, at record {number + 1}: {error}"
+                raise DataError(found) from error
+            yield number, record
+        reader.close()  # one that has failed says so again if it is closed
 
 
 @contextlib.contextmanager
