@@ -253,7 +253,7 @@ def make_loader(
     seq: int,
     process_index: int = 0,
     process_count: int = 1,
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int] | np.ndarray | None = None,
     prefetch: int = 2,
 ) -> Loader:
     """Batches of a mixture of prepared sources.

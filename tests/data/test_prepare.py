@@ -150,10 +150,12 @@ def test_a_folder_of_another_run_is_refused_until_it_is_overwritten(tmp_path, wo
 def test_bad_settings_and_sources_are_refused_and_workers_say_why(tmp_path, work):
     write(tmp_path / "a.jsonl", TEXTS)
     source = [str(tmp_path / "a.jsonl")]
-    for setting in ({"workers": -1}, {"max_bad_rate": 1.5}, {"piece_bytes": 0}):
-        (name,) = setting
-        with pytest.raises(DataError, match=f"{name} is .*: accepted is "):
-            prepare(source, tmp_path / "out", work, **setting)
+    with pytest.raises(DataError, match="workers is -1: accepted is at least 0"):
+        prepare(source, tmp_path / "out", work, workers=-1)
+    with pytest.raises(DataError, match="max_bad_rate is 1.5: accepted is 0 to 1"):
+        prepare(source, tmp_path / "out", work, max_bad_rate=1.5)
+    with pytest.raises(DataError, match="piece_bytes is 0: accepted is at least 1"):
+        prepare(source, tmp_path / "out", work, piece_bytes=0)
     with pytest.raises(DataError, match="gs://x/y is in a store: accepted is a folder on a disk"):
         prepare(source, "gs://x/y", work)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 100)[:-9])
