@@ -1,5 +1,6 @@
 import gzip
 import re
+from typing import Any
 
 import fsspec
 import pytest
@@ -131,7 +132,7 @@ def test_stretches_of_a_file_have_each_line_once_and_know_its_number(tmp_path_fa
 
 
 def test_pieces_group_small_files_and_cut_large_lines_files_alone():
-    sizes = [
+    sizes: list[tuple[str, Any, str | None, int]] = [
         ("a.jsonl", "jsonl", None, 250),
         ("b.jsonl", "jsonl", "gzip", 250),
         ("c", "text", None, 10),
