@@ -38,7 +38,7 @@ class File:
 
     Attributes:
         path: as fsspec takes it; a local one is absolute.
-        size: bytes as they lie there.
+        size: bytes as they lie there; 0 where a store does not say.
         format: what is in it.
         compression: gzip, zstd or None.
     """
@@ -101,23 +101,27 @@ def _accepted() -> str:
 def _of_source(source: str) -> list[File]:
     system, path = file_system(source)
     with store_errors(source):
+        # Sizes come with the list: asking for each is a request a file.
         if any(letter in path for letter in "*?["):
-            paths = [found for found in sorted(system.glob(path)) if not system.isdir(found)]
+            infos = {name: info for name, info in system.glob(path, detail=True).items() if info["type"] == "file"}
         elif system.isdir(path):
-            inside = sorted(system.find(path))
             below = len(path.rstrip("/")) + 1
-            paths = [found for found in inside if kind_of(found) and not any(map(_is_hidden, found[below:].split("/")))]
+            infos = {
+                name: info
+                for name, info in system.find(path, detail=True).items()
+                if kind_of(name) and not any(map(_is_hidden, name[below:].split("/")))
+            }
         elif system.exists(path):
-            paths = [path]
+            infos = {path: system.info(path)}
         else:
             raise DataError(f"{source} is not there: accepted are files, folders and patterns that match some")
         files = []
-        for found in paths:
-            kind = kind_of(found)
+        for name, info in sorted(infos.items()):
+            kind = kind_of(name)
             if kind is None:
-                raise DataError(f"{found} has an unknown format: accepted are names that end in {_accepted()}")
-            files.append(File(named(system, found), int(system.size(found)), *kind))
-    return files
+                raise DataError(f"{name} has an unknown format: accepted are names that end in {_accepted()}")
+            files.append(File(named(system, name), int(info.get("size") or 0), *kind))
+        return files
 
 
 def _is_hidden(name: str) -> bool:

@@ -328,8 +328,8 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _told(view: View) -> dict[str, Any]:
     """What of a source a state depends on."""
     source, index = view.source, view.prepared.index
-    told = {name: getattr(source, name) for name in ("name", "weight", "min_tokens", "max_tokens", "over_long")}
-    return told | {name: index[name] for name in ("documents", "tokens", "tokenizer")}
+    told = {name: getattr(source, name) for name in ("name", "weight", "min_tokens", "max_tokens")}
+    return told | {"over_long": view.over_long} | {name: index[name] for name in ("documents", "tokens", "tokenizer")}
 
 
 def _short(value: Any) -> str:

@@ -36,7 +36,8 @@ class Source:
         weight: share of the mixture's tokens, relative to the others'.
         min_tokens: of the documents that are taken.
         max_tokens: likewise; None: any.
-        over_long: a document longer than a row is split over rows, cut at the row's end, or dropped.
+        over_long: a document longer than a row is split over rows, cut at the row's end, or dropped. None: split, but cut where
+            the folder has conversations, for an answer without its question teaches something else.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Source:
     weight: float = 1.0
     min_tokens: int = 2
     max_tokens: int | None = None
-    over_long: Literal["split", "cut", "drop"] = "split"
+    over_long: Literal["split", "cut", "drop"] | None = None
 
     def __post_init__(self):
         if not self.weight > 0 or self.weight == float("inf"):
@@ -84,6 +85,7 @@ class View:
     Attributes:
         source: what it was made of.
         prepared: its folder.
+        over_long: what becomes of documents longer than a row.
         cut: how many documents are cut at a row's end.
         dropped: how many are too long for a row, and not taken.
     """
@@ -103,12 +105,13 @@ class View:
 
         self.source = source
         self.prepared = Prepared(source.folder)
+        self.over_long = source.over_long or ("cut" if self.prepared.index["conversations"] else "split")
         lengths = self.prepared.lengths
         most = np.iinfo(np.int64).max if source.max_tokens is None else source.max_tokens
         chosen = (lengths >= source.min_tokens) & (lengths <= most)
         too_long = chosen & (lengths > slots + 1)
-        self.cut = int(too_long.sum()) if source.over_long == "cut" else 0
-        self.dropped = int(too_long.sum()) if source.over_long == "drop" else 0
+        self.cut = int(too_long.sum()) if self.over_long == "cut" else 0
+        self.dropped = int(too_long.sum()) if self.over_long == "drop" else 0
         if self.dropped:
             chosen &= ~too_long
         # Where all are taken no list of them is kept.
@@ -120,7 +123,7 @@ class View:
                 f"{source.max_tokens or 'any number of'} tokens{' and fits a row' if self.dropped else ''}: accepted is one "
                 "or more"
             )
-        self._slots = slots if source.over_long == "cut" else int(most)
+        self._slots = slots if self.over_long == "cut" else int(most)
         self._lengths = lengths
         self.mean = float(lengths[chosen].mean())
         self._order = grain.MapDataset.range(self._count).seed(_number(seed, source.name)).shuffle().repeat()

@@ -7,8 +7,10 @@ sources and settings give the same bytes, whatever the workers and however often
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -109,7 +111,7 @@ def prepare(
         for number, piece in enumerate(parts):
             if found := read_part(place, number, piece):
                 state.take(found, quiet=True)
-        left = [number for number in range(len(parts)) if number not in state.parts]
+        left = [number for number in range(len(parts)) if number not in state.done]
         state.tell()
         if workers == 0:
             for number in left:
@@ -125,17 +127,28 @@ def prepare(
 
 
 class _State:
-    """What is known of every piece."""
+    """What is known of every piece; sums of those that are done are kept, for there may be very many."""
 
     def __init__(self, parts: Sequence[Piece], rate: float, tell: Callable[[Total], None] | None):
-        self.parts: dict[int, Progress] = {}
-        self._pieces = parts
+        self.done: set[int] = set()
+        self._count = len(parts)
         self._size = sum(piece.size for piece in parts)
         self._rate = rate
         self._tell = tell
+        self._read, self._figures, self._tally = 0, Figures(), Tally()
+        self._going: dict[int, Progress] = {}
+        self._first: dict[int, list[str]] = {}  # bad records by piece
 
     def take(self, progress: Progress, quiet: bool = False) -> None:
-        self.parts[progress.piece] = progress
+        if progress.tally.first:
+            self._first[progress.piece] = progress.tally.first
+        if progress.done:
+            self._going.pop(progress.piece, None)
+            self.done.add(progress.piece)
+            _add(progress, self._figures, self._tally)
+            self._read += progress.read
+        else:
+            self._going[progress.piece] = progress
         if not quiet:
             self.tell().tally.check(self._rate)
 
@@ -146,13 +159,20 @@ class _State:
         return total
 
     def total(self) -> Total:
-        figures, tally = Figures(), Tally()
-        for _, part in sorted(self.parts.items()):
-            figures.add(part.figures)
-            tally.add(part.tally)
-        done = sum(part.done for part in self.parts.values())
-        read = sum(part.read for part in self.parts.values())
-        return Total(len(self._pieces), done, self._size, read, figures, tally)
+        figures, tally, read = copy.copy(self._figures), copy.deepcopy(self._tally), self._read
+        for progress in self._going.values():
+            _add(progress, figures, tally)
+            read += progress.read
+        # In the sources' order, whichever worker came first.
+        named = itertools.chain.from_iterable(first for _, first in sorted(self._first.items()))
+        tally.first = list(itertools.islice(named, tally.named))
+        return Total(self._count, len(self.done), self._size, read, figures, tally)
+
+
+def _add(progress: Progress, figures: Figures, tally: Tally) -> None:
+    figures.add(progress.figures)
+    tally.records += progress.tally.records
+    tally.bad.update(progress.tally.bad)
 
 
 def _check_outside(folder: Path, sources: Sequence[str], files: Sequence[File]) -> None:

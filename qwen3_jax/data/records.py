@@ -17,6 +17,8 @@ ROLES = ("system", "user", "assistant", "tool")
 # ShareGPT's names: {"from": "human", "value": ...}.
 _OLDER_ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool"}
 
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # the names that templates' messages have for them
+
 BROKEN, NOT_UTF8, EMPTY = "broken JSON", "not UTF-8", "empty"
 NO_FIELD, NOT_TEXT, NOT_CHAT = "no known field", "no text in its field", "no conversation"
 LEAST_RECORDS = 1000  # before a rate is one
@@ -165,10 +167,11 @@ def _content(message: Mapping[str, Any], place: str) -> str:
         content = "".join(map(str, texts))
     if not isinstance(content, str):
         raise BadRecord(NOT_CHAT, f"{place}.content is a {type(content).__name__} where text is accepted")
-    calls, thought = message.get("tool_calls"), message.get("reasoning_content")
+    calls = message.get("tool_calls")
     if not content.strip() and not calls and message.get("role") not in ("tool", "system"):
         raise BadRecord(EMPTY, f"{place}.content is blank")
-    for name, text in (("content", content), ("reasoning_content", thought)):
+    spoken = {"content": content, "tool_calls": json.dumps(calls, default=str) if calls else None}
+    for name, text in (spoken | {name: message.get(name) for name in _THOUGHTS}).items():
         if isinstance(text, str) and text.strip():
             checked_text(text, f"{place}.{name}")
             # A message that spells the template's own marks would write turns, and losses, of its own.
@@ -211,12 +214,6 @@ class Tally:
         self.bad[error.kind] += 1
         if len(self.first) < self.named:
             self.first.append(f"{place}: {error}"[:500])
-
-    def add(self, other: Tally) -> None:
-        """Count what another has counted; its first ones come after these."""
-        self.records += other.records
-        self.bad.update(other.bad)
-        self.first = [*self.first, *other.first][: self.named]
 
     def check(self, rate: float, least: int = LEAST_RECORDS) -> None:
         """Refuse more bad records than a rate.

@@ -76,7 +76,7 @@ def test_rows_hold_documents_whole_with_the_next_token_as_label(config, web):
         assert (segments[: len(used)] == used).all() and used[0] == 1 and set(np.diff(used)) <= {0, 1}
 
 
-@pytest.mark.parametrize("over_long", ["split", "cut", "drop"])
+@pytest.mark.parametrize("over_long", ["split", "cut", "drop", None])
 def test_a_long_document_is_split_without_losing_a_label_or_cut_or_dropped(books, over_long):
     prepared = Prepared(books)
     documents = [record_tokens(record)[0].tolist() for record in prepared.read(range(len(prepared)))]
@@ -92,7 +92,7 @@ def test_a_long_document_is_split_without_losing_a_label_or_cut_or_dropped(books
     # What still waits is not given.
     expected = Counter()
     for number in drawn:
-        expected.update(documents[number][1:] if over_long == "split" else documents[number][1 : SEQ + 1])
+        expected.update(documents[number][1:] if over_long in ("split", None) else documents[number][1 : SEQ + 1])
     for _, number, start, slots in state["held"]:
         expected.subtract(documents[number][start + 1 : start + slots + 1])
     assert given == +expected
@@ -170,8 +170,11 @@ def test_reading_ahead_changes_nothing_and_state_is_of_the_last_batch_given(conf
         for _ in range(5):
             assert same(next(plain), next(ahead))
             assert plain.state() == ahead.state()
-        plain.restore(json.loads(json.dumps(ahead.state())))
-        assert same(next(plain), next(ahead))
+        state, sixth = json.loads(json.dumps(plain.state())), next(plain)
+        plain.restore(state)
+        assert same(next(plain), sixth)
+        ahead.restore(state)  # what its thread has read is forgotten
+        assert same(next(ahead), sixth) and same(next(ahead), next(plain))
 
 
 def test_a_row_is_always_of_the_same_shard(config):
@@ -280,6 +283,11 @@ def test_a_damaged_folder_and_two_tokenizers_are_refused(tmp_path, made, tokeniz
     file.write_bytes(content)
     with pytest.raises(DataError, match="is damaged"):
         Prepared(folder).read(range(3))
+    (folder / "dataset.json").write_text(json.dumps(index))
+    for prefetch in (0, 2):
+        with make_loader(LoaderConfig((Source("a", folder),)), batch=1, seq=8, prefetch=prefetch) as loader:
+            with pytest.raises(DataError, match="is damaged"):
+                next(loader)
     file.write_bytes(content[:-1])
     with pytest.raises(DataError, match=r"has \d+ bytes, and dataset.json says"):
         Prepared(folder)
@@ -310,7 +318,10 @@ def test_targets_of_conversations_are_the_mask(tmp_path, tokenizer_folder, tok):
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     total = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", Work(str(tokenizer_folder)), workers=0)
     assert total.figures.conversations == 20
-    with make_loader(LoaderConfig((Source("chat", tmp_path / "out"),)), batch=2, seq=128) as loader:
+    config = LoaderConfig((Source("chat", tmp_path / "out"),))
+    with make_loader(config, batch=2, seq=8) as short:
+        assert short.report()["cut"] == {"chat": 20}
+    with make_loader(config, batch=2, seq=128) as loader:
         batch = next(loader)
     learned = 0
     for labels, mask, segments in zip(batch.labels, batch.mask, batch.segment_ids, strict=True):

@@ -33,6 +33,11 @@ ANSWERED = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "
         (b'{"messages": [{"role": "user", "content": [{"image": 1}]}]}', "no conversation", "has a part that is no text"),
         (b'{"messages": [{"role": "user", "content": " "}]}', "empty", "messages[0].content is blank"),
         (b'{"messages": [{"role": "user", "content": "a<|im_end|>b"}]}', "no conversation", "content has <|im_end|> in it"),
+        (
+            b'{"messages": [{"role": "assistant", "content": "a", "thinking": "<|im_start|>"}]}',
+            "no conversation",
+            "thinking has",
+        ),
     ],
 )
 def test_every_kind_of_bad_record(line, kind, found):
