@@ -21,8 +21,8 @@ from qwen3_jax.data.files import DataError
 from qwen3_jax.data.mixture import Source, View, epochs
 from qwen3_jax.data.packing import Piece
 from qwen3_jax.data.shards import Shard, shards_for
-
-VERSION = 1
+from qwen3_jax.data.state import VERSION, carried, restored, short
+from qwen3_jax.data.state import merge_states as merge_states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,17 +196,21 @@ class Loader(Iterator[Any]):
         Raises:
             DataError: a state of another mixture, by the field that differs, or without a shard that is wanted.
         """
-        for name, here in self._told.items():
-            if (there := state.get(name)) != here:
-                raise DataError(f"the state has {name} {_short(there)}, and the loader {_short(here)}: accepted is the same")
-        wanted = self._iterator.get_state()["shards"]
-        if missing := [number for number in wanted if number not in state["shards"]]:
-            raise DataError(
-                f"the state has no shard {missing[0]}: accepted is that of all processes together, as merge_states makes it"
-            )
-        self._iterator.set_state(
-            _Snapshot(batches=state["batches"], shards={number: state["shards"][number] for number in wanted})
-        )
+        self._set(restored(self._told, state, self._iterator.get_state()["shards"]))
+
+    def carry_on(self, state: Mapping[str, Any]) -> None:
+        """Begin this mixture with another one's sources where they were: for a stage of other weights, sources or length.
+
+        Args:
+            state: of the other mixture, of all shards that this process has.
+
+        Raises:
+            DataError: another seed or number of shards, or a source of the same name with other documents.
+        """
+        self._set(carried(self._told, state, self._iterator.get_state()["shards"]))
+
+    def _set(self, state: dict[str, Any]) -> None:
+        self._iterator.set_state(_Snapshot(state))
 
     def report(self) -> dict[str, Any]:
         """What this process has given so far.
@@ -285,7 +289,7 @@ def make_loader(
         rows = range(process_index * batch // process_count, (process_index + 1) * batch // process_count)
     rows = [int(row) for row in rows]
     if not rows or not 0 <= min(rows) <= max(rows) < batch:
-        raise DataError(f"rows is {_short(rows)}: accepted are some of 0 to {batch - 1}")
+        raise DataError(f"rows is {short(rows)}: accepted are some of 0 to {batch - 1}")
     if prefetch < 0:
         raise DataError(f"prefetch is {prefetch}: accepted is at least 0")
     views = [View(source, seq, config.seed) for source in config.sources]
@@ -299,39 +303,8 @@ def make_loader(
     return Loader(views, config, batch=batch, seq=seq, rows=rows, prefetch=prefetch)
 
 
-def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One state of all processes.
-
-    Args:
-        states: each process's, taken after the same batch.
-
-    Returns:
-        A state that any process of any number restores from.
-
-    Raises:
-        DataError: no states, or states that differ in more than their shards.
-    """
-    if not states:
-        raise DataError("no states: accepted is one of each process")
-    merged = dict(states[0]) | {"shards": {}}
-    for state in states:
-        for name in merged.keys() - {"shards"}:
-            if state.get(name) != merged[name]:
-                raise DataError(
-                    f"states differ in {name}: {_short(merged[name])} and {_short(state.get(name))}: accepted are those of one "
-                    "run, taken after the same batch"
-                )
-        merged["shards"] |= state["shards"]
-    return merged
-
-
 def _told(view: View) -> dict[str, Any]:
     """What of a source a state depends on."""
     source, index = view.source, view.prepared.index
     told = {name: getattr(source, name) for name in ("name", "weight", "min_tokens", "max_tokens")}
     return told | {"over_long": view.over_long} | {name: index[name] for name in ("documents", "tokens", "tokenizer")}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 300 else text[:300] + "..."

@@ -163,6 +163,57 @@ def test_after_restarts_on_any_processes_the_next_batch_is_the_one_that_would_ha
     assert at == len(expected)
 
 
+def test_another_stage_goes_on_where_its_sources_were(config, web, books):
+    """Other weights, order, length, a new source and one less: no document of an epoch comes twice, and none is left out."""
+    with make_loader(config, batch=BATCH, seq=SEQ) as loader:
+        given = Counter(tuple(span) for _ in range(5) for _, span in spans(next(loader)))
+        state = json.loads(json.dumps(loader.state()))
+        assert loader.report()["epochs"]["web"] < 1
+    stage = dataclasses.replace(config, sources=(Source("new", web), Source("web", web, 1.0)))
+    with make_loader(stage, batch=BATCH, seq=2 * SEQ) as loader:
+        loader.carry_on(state)
+        assert loader.report()["batches"] == 0
+        shards = loader.state()["shards"]
+        for number, shard in state["shards"].items():
+            assert shards[number]["drawn"] == [0, shard["drawn"][0]] and shards[number]["slots"] == [0, 0]
+            assert [list(piece) for piece in shards[number]["held"]] == [[1, *piece] for at, *piece in shard["held"] if at == 0]
+        next(loader)
+        for number, shard in loader.state()["shards"].items():
+            assert shard["drawn"][1] >= state["shards"][number]["drawn"][0]
+        again = make_loader(stage, batch=BATCH, seq=2 * SEQ, process_index=1, process_count=3)
+        with again:
+            again.carry_on(state)
+            first = next(again)
+        loader.carry_on(state)
+        assert same(first, rows_of(next(loader), again.rows))
+    only = dataclasses.replace(config, sources=(Source("web", web),))
+    with make_loader(only, batch=BATCH, seq=2 * SEQ) as loader:
+        loader.carry_on(state)
+        while loader.report()["epochs"]["web"] < 1:
+            given.update(tuple(span) for _, span in spans(next(loader)))
+        firsts = [loader._views[0].document(place)[0] for place in range(300)]
+        prepared = loader._views[0].prepared
+        waits = {piece[1] for shard in loader.state()["shards"].values() for piece in shard["held"]}
+    assert sorted(firsts) == list(range(300))
+    texts = {number: tuple(record_tokens(record)[0][1:].tolist()) for number, record in enumerate(prepared.read(range(300)))}
+    counts = {number: given[text] for number, text in texts.items()}
+    # Shards are not equally far: some have begun the second epoch while others are in the first.
+    assert all(count <= 2 for count in counts.values())
+    assert sum(count == 1 for count in counts.values()) > 250
+    assert all(count >= 1 or number in waits for number, count in counts.items() if number in {firsts[at] for at in range(200)})
+    for change, message in (
+        ({"seed": 6}, "the state has seed 5, and the loader 6"),
+        ({"shards": 6}, "the state has shard_count 12, and the loader 6"),
+        (
+            {"sources": (Source("web", books),)},
+            "source web had documents 300 and has 40: accepted is the same, or another name",
+        ),
+    ):
+        with make_loader(dataclasses.replace(config, **change), batch=BATCH, seq=SEQ) as loader:
+            with pytest.raises(DataError, match=message):
+                loader.carry_on(state)
+
+
 def test_reading_ahead_changes_nothing_and_state_is_of_the_last_batch_given(config):
     plain, ahead = (make_loader(config, batch=BATCH, seq=SEQ, prefetch=prefetch) for prefetch in (0, 3))
     with plain, ahead:
