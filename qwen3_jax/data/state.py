@@ -87,8 +87,8 @@ def carried(mixture: Mapping[str, Any], state: Mapping[str, Any], wanted: Iterab
         for field in ("min_tokens", "max_tokens", "documents", "tokens", "tokenizer"):
             if was[field] != source[field]:
                 raise DataError(
-                    f"source {source['name']} had {field} {was[field]} and has {source[field]}: accepted is the same, or another "
-                    "name"
+                    f"source {source['name']} had {field} {was[field]} and has {source[field]}: accepted is the same, or "
+                    "another name"
                 )
         places.append(at)
     now = {at: number for number, at in enumerate(places) if at is not None}
