@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+from jaxtyping import Bool, Int32
 
 NO_TARGET = np.uint32(1 << 31)
 
@@ -29,14 +30,14 @@ def record_bytes(ids: Iterable[int], targets: Iterable[bool] | None = None) -> b
     return words.astype("<u4", copy=False).tobytes()
 
 
-def record_tokens(record: bytes) -> tuple[np.ndarray, np.ndarray]:
+def record_tokens(record: bytes) -> tuple[Int32[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
     """A stored document's tokens.
 
     Args:
         record: as record_bytes gives it.
 
     Returns:
-        Ids [n] int32, and whether each is a target [n] bool.
+        Ids, and whether each is a target.
     """
     words = np.frombuffer(record, "<u4")
     return (words & ~NO_TARGET).astype(np.int32), words < NO_TARGET

@@ -78,9 +78,13 @@ def find_files(sources: Iterable[str]) -> list[File]:
         Each source's, sorted by path.
 
     Raises:
-        DataError: a source without files, a file of no known format, one named twice, a store whose library is not installed.
+        DataError: no source, one without files, a file of no known format, one named twice, a store whose library is not
+            installed.
     """
     found: list[File] = []
+    sources = list(sources)
+    if not sources:
+        raise DataError("sources is empty: accepted is at least one file, folder or pattern")
     for source in sources:
         files = _of_source(source)
         if not files:

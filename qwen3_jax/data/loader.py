@@ -15,6 +15,7 @@ from typing import Any
 import grain
 import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
+from jaxtyping import Int
 
 from qwen3_jax.data.encoding import NO_TARGET
 from qwen3_jax.data.files import DataError
@@ -257,7 +258,7 @@ def make_loader(
     seq: int,
     process_index: int = 0,
     process_count: int = 1,
-    rows: Sequence[int] | np.ndarray | None = None,
+    rows: Sequence[int] | Int[np.ndarray, " rows"] | None = None,
     prefetch: int = 2,
 ) -> Loader:
     """Batches of a mixture of prepared sources.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_jax.chat.tokenizer import Tokenizer, load_tokenizer
-from qwen3_jax.data.files import DataError, File, find_files
+from qwen3_jax.data.files import DataError, File, find_files, store_errors
 from qwen3_jax.data.prepared import INDEX, PLAN, VERSION
 from qwen3_jax.data.processes import run_pieces
 from qwen3_jax.data.records import Tally
@@ -104,7 +104,8 @@ def prepare(
     _check_outside(place, sources, files)
     parts = pieces(files, piece_bytes)
     plan = _plan(work, tokenizer, files, piece_bytes)
-    place.mkdir(parents=True, exist_ok=True)
+    with store_errors(str(folder)):
+        place.mkdir(parents=True, exist_ok=True)
     with _alone(place):
         _check_folder(place, plan, overwrite)
         state = _State(parts, max_bad_rate, progress)

@@ -45,7 +45,7 @@ class Work:
         chat: how conversations become samples.
     """
 
-    tokenizer: str
+    tokenizer: str | os.PathLike[str]
     family: str | None = None
     field: str | None = None
     text_document: TextDocument = "file"

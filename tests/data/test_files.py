@@ -1,10 +1,15 @@
 import gzip
 import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
+from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,6 +52,7 @@ def test_a_folder_gives_its_known_files_sorted_without_hidden_ones(tmp_path):
         (["{}/a.py"], "a.py has an unknown format"),
         (["{}/a.parquet.gz"], "a.parquet.gz has an unknown format"),
         (["{}/a.jsonl", "{}/a.jsonl"], "a.jsonl is named twice"),
+        ([], "sources is empty: accepted is at least one file"),
         (["nowhere://a.jsonl"], "of no known protocol"),
         (["gs://bucket/a.jsonl"], "needs a library that is not installed: .*gcsfs"),
     ],
@@ -73,6 +79,25 @@ def test_a_store_is_read_as_a_disk_is(tmp_path):
         assert found[1] == ["whole"]
     finally:
         store.rm("/bucket", recursive=True)
+
+
+def test_parquet_and_array_records_of_a_store(tmp_path):
+    """ArrayRecord's reader opens local files alone: it gets a copy, and the copy goes again."""
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one"]}), tmp_path / "a.parquet")
+    writer = ArrayRecordWriter(str(tmp_path / "b.array_record"), "group_size:1")
+    writer.write(b'{"text": "two"}')
+    writer.close()
+    store = fsspec.filesystem("memory")
+    store.pipe({f"/bucket/{file.name}": file.read_bytes() for file in tmp_path.iterdir()})
+    before = set(Path(tempfile.gettempdir()).glob("qwen3-jax-data-*"))
+    try:
+        assert [record for file in find_files(["memory://bucket"]) for _, record in records(Part(file))] == [
+            {"text": "one"},
+            {"text": "two"},
+        ]
+    finally:
+        store.rm("/bucket", recursive=True)
+    assert set(Path(tempfile.gettempdir()).glob("qwen3-jax-data-*")) == before
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from qwen3_jax.cli.main import main
 from qwen3_jax.data.encoding import record_bytes, record_tokens
 from qwen3_jax.data.files import DataError
-from qwen3_jax.data.prepare import prepare
+from qwen3_jax.data.prepare import _alone, prepare
 from qwen3_jax.data.prepared import Prepared
 from qwen3_jax.data.worker import Work
 
@@ -169,6 +169,29 @@ def test_bad_settings_and_sources_are_refused_and_workers_say_why(tmp_path, work
         prepare([str(tmp_path / "c.jsonl")], tmp_path / "none", work, workers=0, max_bad_rate=1.0)
 
 
+def test_a_disk_that_takes_no_more_is_said_and_leaves_no_part(tmp_path, tokenizer_folder):
+    """Files of at most 70 kB: ArrayRecord's header alone takes 64 KiB."""
+    write(tmp_path / "a.jsonl", [f"{number} and {number * number} words" for number in range(5000)])
+    code = (
+        "import resource, sys; from qwen3_jax.cli.main import main;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, 70_000));"
+        f"sys.exit(main(['data', 'prepare', {str(tmp_path / 'a.jsonl')!r}, '--tokenizer', {str(tokenizer_folder)!r},"
+        f" '--out', {str(tmp_path / 'out')!r}, '--workers', '1']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "part-00000.array_record could not be written: write() failed: File too large" in done.stderr
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [".lock", "plan.json"]
+
+
+def test_one_run_at_a_time(tmp_path, work):
+    write(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "out").mkdir()
+    with _alone(tmp_path / "out"), pytest.raises(DataError, match="out: another run writes there: accepted is one at a time"):
+        prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", work, workers=0)
+    assert prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", work, workers=0).done == 1
+
+
 def _children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -180,7 +203,6 @@ def _lives(pid):
         return False
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_run_that_is_killed_leaves_no_worker_and_goes_on_to_the_same_bytes(tmp_path, tokenizer_folder, work):
     source = tmp_path / "in"
     source.mkdir()
