@@ -1,6 +1,6 @@
 """What a process makes of data: tokens tokenised, and loaded as packed batches; what packing costs, and how full rows are.
 
-    python -m tools.bench_data [--tokenizer FOLDER] [--workers 1 2]
+    python -m tools.bench_data [--tokenizer FOLDER] [--workers 1 2] [--seconds 5]
 
 Text is the Python files of the standard library, each function a document, or each file. Without a folder the demo's tokenizer
 is trained on them. Rates are by seconds, and by processor seconds, which other work on the machine disturbs less.
@@ -9,17 +9,20 @@ is trained on them. Rates are by seconds, and by processor seconds, which other 
 import argparse
 import ast
 import json
+import random
 import resource
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from qwen3_jax.data.loader import LoaderConfig, make_loader
-from qwen3_jax.data.mixture import Source
+from qwen3_jax.data.mixture import LONG, MIDDLE, Source
+from qwen3_jax.data.packing import Packer, Piece
 from qwen3_jax.data.prepare import prepare
 from qwen3_jax.data.shards import Shard, shards_for
 from qwen3_jax.data.worker import Work
@@ -90,6 +93,43 @@ def bench_loader(console: Console, place: Path, workers: int, seconds: float) ->
     console.print(table)
 
 
+def short_documents() -> Iterator[int]:
+    """Log-normal lengths, a median of 245 and a mean of 400."""
+    draw = random.Random(0)
+    while True:
+        yield max(1, int(draw.lognormvariate(5.5, 1.0)))
+
+
+def long_documents() -> Iterator[int]:
+    """The long-context stage: 75 % of tokens from 16,384 to 32,768, 25 % from 4,096 to 16,383, each even."""
+    draw, long, middle = random.Random(0), 0, 0
+    while True:
+        if long <= 3 * middle:
+            yield (length := draw.randint(*LONG))
+            long += length
+        else:
+            yield (length := draw.randint(*MIDDLE))
+            middle += length
+
+
+def bench_packing(console: Console) -> None:
+    """Slots used, by how many documents wait; no document is cut."""
+    waits = (8, 16, 32, 64)
+    table = Table("packing: slots used", "seq", *(f"{waiting} waiting" for waiting in waits))
+    for name, documents, seqs in (
+        ("short", short_documents, (1024, 2048, 4096)),
+        ("long-context stage", long_documents, (32_768,)),
+    ):
+        for seq in seqs:
+            used = []
+            for waiting in waits:
+                lengths = documents()
+                packer = Packer(seq, waiting, lambda lengths=lengths, seq=seq: Piece(0, 0, 0, min(next(lengths) - 1 or 1, seq)))
+                used.append(sum(piece.slots for _ in range(300) for piece in packer.row()) / (300 * seq))
+            table.add_row(name, str(seq), *(f"{share:.1%}" for share in used))
+    console.print(table)
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,6 +138,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of each loader")
     options = parser.parse_args()
     console = Console(width=140, highlight=False)
+    bench_packing(console)
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
         place = Path(folder)
         files, functions = texts()
