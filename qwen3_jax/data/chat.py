@@ -15,10 +15,12 @@ from typing import Any, Literal
 
 from qwen3_jax.chat.template import TemplateError
 from qwen3_jax.chat.thinking import CLOSE, OPEN, last_soft_switch
-from qwen3_jax.data.files import DataError
+from qwen3_jax.checks import check_fields
+from qwen3_jax.data.files import DataError, check_choice
 from qwen3_jax.data.records import NOT_CHAT, BadRecord, Conversation
 
 OverLong = Literal["cut", "drop"]
+Answers = Literal["all", "last"]
 BEGIN_OF_ANSWER, END_OF_TURN = "<|im_start|>assistant\n", "<|im_end|>"
 
 
@@ -39,10 +41,13 @@ class ChatConfig:
     flag_rate: float = 0.5
     max_length: int | None = None
     over_long: OverLong = "cut"
-    answers: Literal["all", "last"] = "all"
+    answers: Answers = "all"
     seed: int = 0
 
     def __post_init__(self):
+        check_fields(self)
+        check_choice("over_long", self.over_long, OverLong)
+        check_choice("answers", self.answers, Answers)
         if not 0 <= self.flag_rate <= 1:
             raise DataError(f"flag_rate is {self.flag_rate}: accepted is 0 to 1")
         if self.max_length is not None and self.max_length < 2:

@@ -13,7 +13,7 @@ import dataclasses
 import os
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Format = Literal["jsonl", "parquet", "text", "array_record"]
 
@@ -24,12 +24,29 @@ _ENDINGS: dict[Format, tuple[str, ...]] = {
     "array_record": (".array_record", ".arrayrecord"),
 }
 FORMATS: dict[str, Format] = {ending: kind for kind, endings in _ENDINGS.items() for ending in endings}
+# What data sets have beside their data: dataset_infos.json, README.md.
+_NAMED_ONLY = (".json", ".md")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK = 1 << 20  # bytes of one read
 
 
 class DataError(ValueError):
     """Data or a data config that is refused: which file or field, what was found, what is accepted."""
+
+
+def check_choice(name: str, given: str | None, choices: Any) -> None:
+    """Refuse a word that is none of a Literal's; None is left alone.
+
+    Args:
+        name: the field, for the message.
+        given: what stands there.
+        choices: the Literal.
+
+    Raises:
+        DataError: another word.
+    """
+    if given is not None and given not in get_args(choices):
+        raise DataError(f"{name} is {given!r}: accepted is {' or '.join(get_args(choices))}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +89,8 @@ def find_files(sources: Iterable[str]) -> list[File]:
     Args:
         sources: paths of files and of folders, and patterns (`data/*.jsonl.zst`, `gs://bucket/**.parquet`). Of a folder all
             files
-            are taken, at any depth, whose names say a format; hidden ones and others are passed over.
+            are taken, at any depth, whose names say a format; hidden ones are passed over, and .json and .md, which must be
+            named or matched.
 
     Returns:
         Each source's, sorted by path.
@@ -107,20 +125,19 @@ def _of_source(source: str) -> list[File]:
     with store_errors(source):
         # Sizes come with the list: asking for each is a request a file.
         if any(letter in path for letter in "*?["):
-            infos = {name: info for name, info in system.glob(path, detail=True).items() if info["type"] == "file"}
+            infos = system.glob(path, detail=True)
         elif system.isdir(path):
             below = len(path.rstrip("/")) + 1
-            infos = {
-                name: info
-                for name, info in system.find(path, detail=True).items()
-                if kind_of(name) and not any(map(_is_hidden, name[below:].split("/")))
-            }
+            infos = {name: info for name, info in system.find(path, detail=True).items() if _is_data(name[below:])}
         elif system.exists(path):
             infos = {path: system.info(path)}
         else:
             raise DataError(f"{source} is not there: accepted are files, folders and patterns that match some")
         files = []
         for name, info in sorted(infos.items()):
+            # A link is neither in a list, as caches of the hub have them: ask.
+            if info["type"] == "directory" or (info["type"] != "file" and not system.isfile(name)):
+                continue
             kind = kind_of(name)
             if kind is None:
                 raise DataError(f"{name} has an unknown format: accepted are names that end in {_accepted()}")
@@ -128,8 +145,10 @@ def _of_source(source: str) -> list[File]:
         return files
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "_"))
+def _is_data(path: str) -> bool:
+    """Whether a file within a folder is taken without being named."""
+    hidden = any(name.startswith((".", "_")) for name in path.split("/"))
+    return not hidden and not path.lower().endswith(_NAMED_ONLY) and kind_of(path) is not None
 
 
 def file_system(path: str) -> tuple[Any, str]:

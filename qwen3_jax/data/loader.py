@@ -17,6 +17,7 @@ import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 from jaxtyping import Int
 
+from qwen3_jax.checks import check_fields
 from qwen3_jax.data.encoding import NO_TARGET
 from qwen3_jax.data.files import DataError
 from qwen3_jax.data.mixture import Source, View, epochs
@@ -43,6 +44,7 @@ class LoaderConfig:
     waiting: int = 32
 
     def __post_init__(self):
+        check_fields(self)
         if not self.sources:
             raise DataError("sources is empty: accepted is at least one")
         names = [source.name for source in self.sources]

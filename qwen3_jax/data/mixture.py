@@ -19,10 +19,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qwen3_jax.data.files import DataError
+from qwen3_jax.checks import check_fields
+from qwen3_jax.data.files import DataError, check_choice
 from qwen3_jax.data.packing import Piece
 from qwen3_jax.data.prepared import Prepared
 
+OverLong = Literal["split", "cut", "drop"]
 LONG, MIDDLE = (16_384, 32_768), (4_096, 16_383)  # tokens of documents in the long-context stage (Qwen3 report, section 3.2)
 
 
@@ -45,10 +47,12 @@ class Source:
     weight: float = 1.0
     min_tokens: int = 2
     max_tokens: int | None = None
-    over_long: Literal["split", "cut", "drop"] | None = None
+    over_long: OverLong | None = None
 
     def __post_init__(self):
-        if not self.weight > 0 or self.weight == float("inf"):
+        check_fields(self)
+        check_choice(f"source {self.name}: over_long", self.over_long, OverLong)
+        if not self.weight > 0:
             raise DataError(f"source {self.name}: weight is {self.weight}: accepted is a number above 0")
         if self.min_tokens < 2:
             raise DataError(

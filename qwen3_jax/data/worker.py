@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from qwen3_jax.checks import check_fields
 from qwen3_jax.data.chat import ChatConfig, samples
 from qwen3_jax.data.encoding import record_bytes
-from qwen3_jax.data.files import DataError
+from qwen3_jax.data.files import DataError, check_choice
 from qwen3_jax.data.records import BadRecord, Conversation, Tally, checked_text, document
 from qwen3_jax.data.sources import Piece, TextDocument, place, records
 
@@ -45,12 +46,16 @@ class Work:
         chat: how conversations become samples.
     """
 
-    tokenizer: str | os.PathLike[str]
+    tokenizer: str | Path
     family: str | None = None
     field: str | None = None
     text_document: TextDocument = "file"
     end_token: str | None = "<|endoftext|>"
     chat: ChatConfig = ChatConfig()
+
+    def __post_init__(self):
+        check_fields(self)
+        check_choice("text_document", self.text_document, TextDocument)
 
 
 @dataclasses.dataclass

@@ -30,7 +30,18 @@ def read(path, **settings):
 
 
 def test_a_folder_gives_its_known_files_sorted_without_hidden_ones(tmp_path):
-    for name in ("b.jsonl", "a/c.txt.gz", "z.parquet", "_SUCCESS", ".git/x.jsonl", "read.py", "d.JSONL.zst", "e.array_record"):
+    for name in (
+        "b.jsonl",
+        "a/c.txt.gz",
+        "z.parquet",
+        "_SUCCESS",
+        ".git/x.jsonl",
+        "read.py",
+        "README.md",
+        "infos.json",
+        "d.JSONL.zst",
+        "e.array_record",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"1")
     found = find_files([str(tmp_path)])
@@ -41,7 +52,12 @@ def test_a_folder_gives_its_known_files_sorted_without_hidden_ones(tmp_path):
         ("e.array_record", "array_record", None, 1),
         ("z.parquet", "parquet", None, 1),
     ]
-    assert [file.name for file in find_files([str(tmp_path / "*.jsonl"), str(tmp_path / "a")])] == ["b.jsonl", "c.txt.gz"]
+    (tmp_path / "link.json").symlink_to(tmp_path / "infos.json")
+    (tmp_path / "folder.json").symlink_to(tmp_path / "a")
+    (tmp_path / "nowhere.json").symlink_to(tmp_path / "none")
+    patterns = [str(tmp_path / "*.jsonl"), str(tmp_path / "a"), str(tmp_path / "*.json"), str(tmp_path / "README.md")]
+    assert [file.name for file in find_files(patterns)] == ["b.jsonl", "c.txt.gz", "infos.json", "link.json", "README.md"]
+    assert [file.size for file in find_files(patterns)] == [1] * 5
 
 
 @pytest.mark.parametrize(

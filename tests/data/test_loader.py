@@ -1,6 +1,7 @@
 import dataclasses
 import json
 from collections import Counter
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_jax import make_mesh, process_rows
+from qwen3_jax.checks import ConfigError
 from qwen3_jax.data.encoding import record_tokens
 from qwen3_jax.data.files import DataError
 from qwen3_jax.data.loader import LoaderConfig, make_loader, merge_states
@@ -305,6 +307,10 @@ def test_sources_that_are_refused(tmp_path, web, config):
         Source("web", web, min_tokens=1)
     with pytest.raises(DataError, match="source web: max_tokens is 1: accepted is at least min_tokens, 2"):
         Source("web", web, max_tokens=1)
+    with pytest.raises(DataError, match="source web: over_long is 'keep': accepted is split or cut or drop"):
+        Source("web", web, over_long=cast(Any, "keep"))
+    with pytest.raises(ConfigError, match="waiting is 2.5: accepted is int"):
+        LoaderConfig((Source("web", web),), waiting=cast(Any, 2.5))
     with pytest.raises(DataError, match="two sources are named web"):
         LoaderConfig((Source("web", web), Source("web", web)))
     with pytest.raises(DataError, match="sources is empty"):
