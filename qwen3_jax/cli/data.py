@@ -120,7 +120,7 @@ def main(argv: Sequence[str]) -> int:
         console.print(
             f"bad        {tally.bad.total():,}: {', '.join(f'{count:,} {kind}' for kind, count in tally.bad.most_common())}"
         )
-        for place in tally.first:
-            console.print(f"           {place}")
+        for fault in tally.first:
+            console.print(f"           {fault}")
     console.print(f"done       {options.out}: {total.pieces} parts, {seconds:.1f} s")
     return 0

@@ -21,8 +21,8 @@ from qwen3_jax.chat.tokenizer import Tokenizer, load_tokenizer
 from qwen3_jax.data.files import DataError, File, find_files, store_errors
 from qwen3_jax.data.prepared import INDEX, PLAN, VERSION
 from qwen3_jax.data.processes import run_pieces
-from qwen3_jax.data.records import Tally
 from qwen3_jax.data.sources import Piece, pieces
+from qwen3_jax.data.tally import Fault, Tally
 from qwen3_jax.data.worker import Figures, Progress, Work, part_files, read_part, write_part
 
 try:
@@ -138,7 +138,7 @@ class _State:
         self._tell = tell
         self._read, self._figures, self._tally = 0, Figures(), Tally()
         self._going: dict[int, Progress] = {}
-        self._first: dict[int, list[str]] = {}  # bad records by piece
+        self._first: dict[int, list[Fault]] = {}  # bad records by piece
 
     def take(self, progress: Progress, quiet: bool = False) -> None:
         if progress.tally.first:
@@ -270,7 +270,7 @@ def _index(folder: Path, plan: dict[str, Any], tokenizer: Tokenizer, total: Tota
         **dataclasses.asdict(total.figures),
         "records": total.tally.records,
         "bad": dict(sorted(total.tally.bad.items())),
-        "first_bad": total.tally.first,
+        "first_bad": list(map(str, total.tally.first)),
         "parts": parts,
     }
 

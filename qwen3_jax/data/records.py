@@ -1,14 +1,11 @@
-"""Records: what a line of JSON or a row must hold to become a document, and what is counted of those that do not."""
+"""Records: what a line of JSON or a row must hold to become a document."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
-
-from qwen3_jax.data.files import DataError
 
 # Fields that are read where none is named; the first that is there counts.
 CHAT_FIELDS = ("messages", "conversations")
@@ -21,7 +18,6 @@ _THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # the names that tem
 
 BROKEN, NOT_UTF8, EMPTY = "broken JSON", "not UTF-8", "empty"
 NO_FIELD, NOT_TEXT, NOT_CHAT = "no known field", "no text in its field", "no conversation"
-LEAST_RECORDS = 1000  # before a rate is one
 
 
 class BadRecord(ValueError):
@@ -31,10 +27,6 @@ class BadRecord(ValueError):
         super().__init__(f"{kind}: {found}")
         self.kind = kind
         self.found = found
-
-
-class TooManyBadRecords(DataError):
-    """More bad records than the chosen rate allows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,45 +184,3 @@ def _tools(given: Any) -> list[Any] | None:
     if not isinstance(given, list):
         raise BadRecord(NOT_CHAT, f"tools is a {type(given).__name__} where a list is accepted")
     return given
-
-
-@dataclasses.dataclass
-class Tally:
-    """Records seen, and the bad ones among them.
-
-    Attributes:
-        records: all that were seen, bad ones too.
-        bad: how many of each kind.
-        first: the first bad ones, as `FILE:LINE: KIND: FOUND`.
-    """
-
-    records: int = 0
-    bad: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    first: list[str] = dataclasses.field(default_factory=list)
-    named: int = 10
-
-    def take(self, place: str, error: BadRecord) -> None:
-        """Count a bad record, and name it if it is among the first."""
-        self.bad[error.kind] += 1
-        if len(self.first) < self.named:
-            self.first.append(f"{place}: {error}"[:500])
-
-    def check(self, rate: float, least: int = LEAST_RECORDS) -> None:
-        """Refuse more bad records than a rate.
-
-        Args:
-            rate: bad ones among all, 0 to 1.
-            least: records below which nothing is said.
-
-        Raises:
-            TooManyBadRecords: with the counts and the first ones.
-        """
-        count = self.bad.total()
-        if self.records < least or count <= rate * self.records:
-            return
-        kinds = ", ".join(f"{number} {kind}" for kind, number in self.bad.most_common())
-        first = "\n  ".join(self.first)
-        raise TooManyBadRecords(
-            f"{count} of {self.records} records are bad ({kinds}); accepted is a rate of {rate:g} (max_bad_rate). "
-            f"The first:\n  {first}"
-        )

@@ -13,7 +13,6 @@ from qwen3_jax.data.files import DataError, File, blocks, file_system, open_file
 from qwen3_jax.data.records import CHAT_FIELDS, TEXT_FIELDS, BadRecord, parsed, text_of
 
 TextDocument = Literal["file", "line"]
-_UNITS = {"jsonl": ":{}", "text": ":{}", "parquet": ", row {}", "array_record": ", record {}"}
 _ROWS = 256  # of a Parquet file, at a time
 
 
@@ -99,32 +98,6 @@ def records(part: Part, field: str | None = None, text_document: TextDocument = 
         yield from _rows(part, field)
     else:
         yield from _parsed(_array_records(part))
-
-
-def place(part: Part, number: int) -> str:
-    """Where a record stands, for people: `FILE:LINE`, lines counted from 1.
-
-    Args:
-        part: where it was read.
-        number: its number there, from 0.
-
-    Returns:
-        File and line, row or record.
-    """
-    if part.start and part.file.format == "jsonl":
-        number += _lines_before(part)
-    return part.file.path + _UNITS[part.file.format].format(number + 1)
-
-
-def _lines_before(part: Part) -> int:
-    """Lines that begin before a part does."""
-    with open_file(part.file.path) as stream:
-        left, count, last = part.start, 0, b"\n"
-        while left and (block := stream.read(min(left, 1 << 20))):
-            count += block.count(b"\n")
-            left -= len(block)
-            last = block[-1:]
-    return count + (last != b"\n")
 
 
 def _or_bad(read: Any, content: bytes) -> Any:

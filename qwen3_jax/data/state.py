@@ -60,7 +60,7 @@ def restored(mixture: Mapping[str, Any], state: Mapping[str, Any], wanted: Itera
     Raises:
         DataError: another mixture, by the field that differs, or a shard that is not there.
     """
-    _check_same(mixture, state, mixture)
+    _check_same(mixture, state, mixture, ", or carry_on for a stage of its own")
     return {"batches": state["batches"], "shards": _shards(state, wanted)}
 
 
@@ -100,11 +100,11 @@ def carried(mixture: Mapping[str, Any], state: Mapping[str, Any], wanted: Iterab
     return {"batches": 0, "shards": shards}
 
 
-def _check_same(mixture: Mapping[str, Any], state: Mapping[str, Any], names: Iterable[str]) -> None:
+def _check_same(mixture: Mapping[str, Any], state: Mapping[str, Any], names: Iterable[str], more: str = "") -> None:
     for name in names:
         if (there := state.get(name)) != mixture[name]:
             found = f"the state has {name} {short(there)}, and the loader {short(mixture[name])}"
-            raise DataError(f"{found}: accepted is the same")
+            raise DataError(f"{found}: accepted is the same{more}")
 
 
 def _shards(state: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:

@@ -25,8 +25,9 @@ from qwen3_jax.checks import check_fields
 from qwen3_jax.data.chat import ChatConfig, samples
 from qwen3_jax.data.encoding import record_bytes
 from qwen3_jax.data.files import DataError, check_choice
-from qwen3_jax.data.records import BadRecord, Conversation, Tally, checked_text, document
-from qwen3_jax.data.sources import Piece, TextDocument, place, records
+from qwen3_jax.data.records import BadRecord, Conversation, checked_text, document
+from qwen3_jax.data.sources import Piece, TextDocument, records
+from qwen3_jax.data.tally import Fault, Tally
 
 # group_size 1 is what grain wants for random access. zstd halves what uint32 takes, at 20 M tokens/s written and 45 read.
 OPTIONS = "group_size:1,zstd:1"
@@ -142,7 +143,7 @@ def write_part(work: Work, piece: Piece, number: int, folder: Path, tokenizer: A
                             writer.write(content)
                         lengths.append(length)
                 except BadRecord as error:
-                    tally.take(place(part, at), error)
+                    tally.take(part, at, error)
                 if time.monotonic() - last > _REPORT:
                     last = time.monotonic()
                     report(Progress(number, read, copy.copy(figures), copy.deepcopy(tally)))
@@ -154,7 +155,11 @@ def write_part(work: Work, piece: Piece, number: int, folder: Path, tokenizer: A
         part_file.unlink(missing_ok=True)
     _save(lengths_file, token, lambda stream: np.save(stream, np.array(lengths, np.uint32)))
     # By kind, so that the same records give the same bytes.
-    told = dict(records=tally.records, bad=dict(sorted(tally.bad.items())), first_bad=tally.first)
+    told = dict(
+        records=tally.records,
+        bad=dict(sorted(tally.bad.items())),
+        first_bad=[dataclasses.astuple(fault) for fault in tally.first],
+    )
     told |= dict(bytes=documents.stat().st_size, **dataclasses.asdict(figures))
     _save(figures_file, token, lambda stream: stream.write((json.dumps(told, indent=1) + "\n").encode()))
     report(Progress(number, piece.size, figures, tally, done=True))
@@ -178,7 +183,8 @@ def read_part(folder: Path, number: int, piece: Piece) -> Progress | None:
             return None
     except FileNotFoundError:
         return None
-    tally = Tally(told.pop("records"), collections.Counter(told.pop("bad")), told.pop("first_bad"))
+    first = [Fault(*fault) for fault in told.pop("first_bad")]
+    tally = Tally(told.pop("records"), collections.Counter(told.pop("bad")), first)
     return Progress(number, piece.size, Figures(**told), tally, done=True)
 
 

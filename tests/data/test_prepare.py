@@ -68,7 +68,7 @@ def test_rows_of_parquet_may_be_conversations_and_bad_ones_are_named(tmp_path, w
     table = pyarrow.table({"messages": [messages, [], messages], "score": [1.0, 2.0, 3.0]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     total = prepare([str(tmp_path / "a.parquet")], tmp_path / "out", work, workers=0, max_bad_rate=0.5)
-    assert total.tally.first == [f"{tmp_path / 'a.parquet'}, row 2: empty: messages is an empty list"]
+    assert [str(fault) for fault in total.tally.first] == [f"{tmp_path / 'a.parquet'}, row 2: empty: messages is an empty list"]
     assert documents(tmp_path / "out") == [tok.apply_chat_template(messages)] * 2
     assert total.figures.conversations == 2
     pyarrow.parquet.write_table(pyarrow.table({"score": [1.0]}), tmp_path / "b.parquet")

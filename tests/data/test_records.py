@@ -5,7 +5,8 @@ import pytest
 
 from qwen3_jax.data.prepare import prepare
 from qwen3_jax.data.prepared import Prepared
-from qwen3_jax.data.records import BadRecord, Conversation, Tally, TooManyBadRecords, document, parsed
+from qwen3_jax.data.records import BadRecord, Conversation, document, parsed
+from qwen3_jax.data.tally import Tally, TooManyBadRecords
 from qwen3_jax.data.worker import Work
 
 ANSWERED = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
@@ -75,7 +76,7 @@ def test_bad_records_of_a_run_are_counted_and_the_first_named_by_file_and_line(t
         kinds = {"broken JSON": 10, "not UTF-8": 1, "empty": 1, "no known field": 1, "no text in its field": 1}
         assert total.tally.bad == Counter(kinds) and total.tally.records == 27
         assert total.figures.documents == 13
-        places = [told.split(": ")[:2] for told in total.tally.first]
+        places = [str(fault).split(": ")[:2] for fault in total.tally.first]
         a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
         assert places == [
             [f"{a}:2", "broken JSON"],
@@ -86,7 +87,7 @@ def test_bad_records_of_a_run_are_counted_and_the_first_named_by_file_and_line(t
             *([f"{b}:{line}", "broken JSON"] for line in range(1, 6)),
         ]
         index = Prepared(tmp_path / folder).index
-        assert index["bad"] == kinds and index["first_bad"] == total.tally.first
+        assert index["bad"] == kinds and index["first_bad"] == [str(fault) for fault in total.tally.first]
 
 
 def test_a_run_stops_past_the_rate_and_goes_on_with_another(tmp_path, tokenizer_folder):
