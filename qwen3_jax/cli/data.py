@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 
+_EVERY = 60  # seconds between two lines of a log
 _USAGE = """usage: qwen3-jax data prepare SOURCE ... --tokenizer MODEL --out FOLDER [options]
 
   prepare  tokenise JSONL (.gz, .zst), Parquet, text and ArrayRecord files into a folder that training reads
@@ -87,6 +88,7 @@ def main(argv: Sequence[str]) -> int:
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task("reading the list of files", total=None)
         before: list[int] = []
+        spoke = [start]
 
         def told(total: Total) -> None:
             figures = total.figures
@@ -98,6 +100,9 @@ def main(argv: Sequence[str]) -> int:
             )
             bad = f"  {total.tally.bad.total():,} bad" if total.tally.bad else ""
             bar.update(task, description=said + bad, completed=total.read, total=total.size)
+            if not console.is_terminal and time.perf_counter() - spoke[0] > _EVERY:  # a log shows no bar
+                spoke[0] = time.perf_counter()
+                console.print(f"{total.read / max(total.size, 1):.0%}  {said}{bad}")
 
         total = prepare(
             options.sources,

@@ -113,6 +113,7 @@ class _Read(grain.transforms.Map):
     """Plans to arrays."""
 
     def __init__(self, views: Sequence[View], slots: int):
+        self.vocab_size: int = views[0].prepared.index["vocab_size"]
         self._views = views
         self._slots = slots
 
@@ -145,6 +146,7 @@ class Loader(Iterator[Any]):
 
     Attributes:
         rows: which of the batch's rows are this process's.
+        vocab_size: of the tokenizer: every id is below it.
         close: call it to stop reading ahead.
     """
 

@@ -161,7 +161,8 @@ def test_bad_settings_and_sources_are_refused_and_workers_say_why(tmp_path, work
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 100)[:-9])
     with pytest.raises(DataError, match="b.jsonl.gz is cut off"):
         prepare([str(tmp_path / "*.*")], tmp_path / "out", work, workers=2, piece_bytes=10)
-    for source in (tmp_path, tmp_path / "out" / "part-00000.array_record"):
+    write(tmp_path / "out" / "inside.jsonl", TEXTS)
+    for source in (tmp_path, tmp_path / "out" / "inside.jsonl"):
         with pytest.raises(DataError, match="lies within the source .*: accepted is a folder apart from all sources"):
             prepare([str(source)], tmp_path / "out", work)
     (tmp_path / "c.jsonl").write_bytes(b"{\n")
@@ -203,41 +204,54 @@ def _lives(pid):
         return False
 
 
+# A run that stands still once two parts are done, while its workers go on with what they have.
+STILL = """
+import sys, time
+from qwen3_jax.data.prepare import prepare
+from qwen3_jax.data.worker import Work
+
+def told(total):
+    if total.done >= 2:
+        print("two", flush=True)
+        time.sleep(600)
+
+source, out, tokenizer = sys.argv[1:]
+prepare([source], out, Work(tokenizer), workers=2, piece_bytes=100_000, progress=told)
+"""
+
+
 def test_a_run_that_is_killed_leaves_no_worker_and_goes_on_to_the_same_bytes(tmp_path, tokenizer_folder, work):
-    source = tmp_path / "in"
+    source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     for number in range(8):
         write(source / f"{number}.jsonl", [f"{number} {at} some words " * 20 for at in range(300)])
-    pieces = ["--piece-bytes", "100000"]
-    words = ["data", "prepare", str(source), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "out"), *pieces]
-    process = subprocess.Popen([sys.executable, "-m", "qwen3_jax.cli.main", *words, "--workers", "2"], cwd=ROOT)
-    try:
-        done = []
-        while process.poll() is None and not done:
-            time.sleep(0.02)
-            done = list((tmp_path / "out").glob("part-*.json"))
+    command = [sys.executable, "-c", STILL, source, out, tokenizer_folder]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "two\n"
         workers = _children(process.pid)
         os.kill(process.pid, signal.SIGKILL)
-    finally:
-        process.kill()
-        process.wait()
     assert len(workers) == 2
-    assert not (tmp_path / "out" / "dataset.json").exists()
+    done = sorted(out.glob("part-*.json"))
+    assert 2 <= len(done) < 8 and not (out / "dataset.json").exists()
     with pytest.raises(DataError, match="holds a run of `data prepare` that has not ended: run it again"):
-        Prepared(tmp_path / "out")
-    end = time.monotonic() + 20
+        Prepared(out)
+    end = time.monotonic() + 60
     while any(map(_lives, workers)) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(map(_lives, workers))
-    first = done[0].stat().st_mtime_ns
-    assert main([*words, "--workers", "0"]) == 0
-    assert done[0].stat().st_mtime_ns == first
+    times = {file: file.stat().st_mtime_ns for file in done}
+    words = ["data", "prepare", source, "--tokenizer", tokenizer_folder, "--out", out, "--piece-bytes", 100_000, "--workers", 0]
+    assert main(list(map(str, words))) == 0
+    assert {file: file.stat().st_mtime_ns for file in done} == times
     prepare([str(source)], tmp_path / "whole", work, workers=0, piece_bytes=100_000)
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert files(out) == files(tmp_path / "whole")
     assert len(documents(tmp_path / "whole")) == 2400
 
 
-def test_the_command_says_what_it_did(tmp_path, tokenizer_folder, capsys):
+def test_the_command_says_what_it_did(tmp_path, tokenizer_folder, capsys, monkeypatch):
+    monkeypatch.setattr("qwen3_jax.cli.data._EVERY", -1)
     write(tmp_path / "a.jsonl", TEXTS)
     with (tmp_path / "a.jsonl").open("a") as file:
         file.write("{\n")
@@ -248,6 +262,7 @@ def test_the_command_says_what_it_did(tmp_path, tokenizer_folder, capsys):
     assert main([*words, "--workers", "0", "--max-bad-rate", "0.2"]) == 0
     said = capsys.readouterr().out
     assert "documents  4, of them 0 of conversations" in said
+    assert "100%  1/1 parts  4 documents  " in said and "/s  1 bad" in said
     assert "bad        1: 1 broken JSON" in said and f"{tmp_path / 'a.jsonl'}:5: broken JSON" in said
     assert main(["data", "pack"]) == 2
     assert "unknown command 'pack'; commands: prepare" in capsys.readouterr().err
