@@ -1,4 +1,4 @@
-"""`qwen3-jax data prepare SOURCES --tokenizer MODEL --out FOLDER`: text and conversations to tokens, once."""
+"""`qwen3-jax data prepare SOURCES --tokenizer MODEL --out FOLDER`: text and conversations to tokens; `data show FOLDER`."""
 
 import dataclasses
 import time
@@ -10,10 +10,12 @@ import tyro
 
 _EVERY = 60  # seconds between two lines of a log
 _USAGE = """usage: qwen3-jax data prepare SOURCE ... --tokenizer MODEL --out FOLDER [options]
+       qwen3-jax data show FOLDER [options]
 
   prepare  tokenise JSONL (.gz, .zst), Parquet, text and ArrayRecord files into a folder that training reads
+  show     what such a folder holds; a document as text, what is learned of it in bold
 
-`qwen3-jax data prepare --help` shows its options."""
+`qwen3-jax data prepare --help` shows its options, `qwen3-jax data show --help` those of the other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +52,22 @@ class Options:
     """Which of a conversation's answers are learned."""
     max_bad_rate: float = 0.01
     """Of bad records among all; past it the run stops."""
-    piece_bytes: int = 64_000_000
+    piece_bytes: int = 256_000_000
     """About how much of the sources goes into one file."""
     overwrite: bool = False
     """Begin anew where a run with other settings stands."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Show:
+    """What a prepared folder holds; with a tokenizer, a document of it as text, what is learned in bold."""
+
+    folder: tyro.conf.Positional[Path]
+    """That `data prepare` has written."""
+    tokenizer: str | None = None
+    """The one that it was prepared with."""
+    document: int = 0
+    """Which document."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -68,10 +82,14 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if argv else 2
+    if argv[0] == "show":
+        return _show(tyro.cli(Show, args=argv[1:], prog="qwen3-jax data show"))
     if argv[0] != "prepare":
-        raise ValueError(f"unknown command {argv[0]!r}; commands: prepare")
-    options = tyro.cli(Options, args=argv[1:], prog="qwen3-jax data prepare")
+        raise ValueError(f"unknown command {argv[0]!r}; commands: prepare, show")
+    return _prepare(tyro.cli(Options, args=argv[1:], prog="qwen3-jax data prepare"))
 
+
+def _prepare(options: Options) -> int:
     from rich.console import Console
     from rich.filesize import decimal
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -128,4 +146,41 @@ def main(argv: Sequence[str]) -> int:
         for fault in tally.first:
             console.print(f"           {fault}")
     console.print(f"done       {options.out}: {total.pieces} parts, {seconds:.1f} s")
+    return 0
+
+
+def _show(options: Show) -> int:
+    import itertools
+
+    import numpy as np
+    from rich.console import Console
+    from rich.text import Text
+
+    from qwen3_jax.chat.tokenizer import load_tokenizer
+    from qwen3_jax.data.encoding import record_tokens
+    from qwen3_jax.data.files import DataError
+    from qwen3_jax.data.prepared import Prepared
+
+    prepared = Prepared(options.folder)
+    index = prepared.index
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console.print(
+        f"documents  {index['documents']:,} in {prepared.parts} parts, of them {index['conversations']:,} of conversations"
+    )
+    console.print(f"tokens     {index['tokens']:,}, of them {index['targets']:,} predicted")
+    points = np.quantile(prepared.lengths, [0, 0.1, 0.5, 0.9, 1]).astype(int)
+    console.print(f"lengths    {', '.join(f'{point:,}' for point in points)} (least, 10 %, half, 90 %, most)")
+    if index["bad"]:
+        console.print(f"bad        {', '.join(f'{count:,} {kind}' for kind, count in index['bad'].items())}")
+    if options.tokenizer is None:
+        return 0
+    tokenizer = load_tokenizer(options.tokenizer)
+    if not 0 <= options.document < len(prepared):
+        raise DataError(f"document is {options.document}: accepted are 0 to {len(prepared) - 1}")
+    ids, targets = record_tokens(prepared.read([options.document])[0])
+    text = Text()
+    for target, run in itertools.groupby(zip(ids, targets, strict=True), key=lambda pair: bool(pair[1])):
+        text.append(tokenizer.decode([token for token, _ in run]), style="bold" if target else "dim")
+    console.print(f"document   {options.document}, {len(ids):,} tokens")
+    console.print(text)
     return 0

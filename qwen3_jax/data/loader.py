@@ -22,6 +22,7 @@ from qwen3_jax.data.encoding import NO_TARGET
 from qwen3_jax.data.files import DataError
 from qwen3_jax.data.mixture import Source, View, epochs
 from qwen3_jax.data.packing import Piece
+from qwen3_jax.data.prepared import allow_open_files
 from qwen3_jax.data.shards import Shard, shards_for
 from qwen3_jax.data.state import VERSION, carried, restored, short
 from qwen3_jax.data.state import merge_states as merge_states
@@ -280,7 +281,8 @@ def make_loader(
         The loader.
 
     Raises:
-        DataError: a field that is refused, sources that are, or that were tokenised by different tokenizers.
+        DataError: a field that is refused, sources that are, or that were tokenised by different tokenizers, or more files than
+            the process may open.
     """
     if seq < 1:
         raise DataError(f"seq is {seq}: accepted is at least 1")
@@ -302,9 +304,10 @@ def make_loader(
     for view in views[1:]:
         if view.prepared.index["tokenizer"] != first.prepared.index["tokenizer"]:
             raise DataError(
-                f"sources {first.source.name} and {view.source.name} were tokenised by different tokenizers or templates: "
+                f"sources {first.source.name} and {view.source.name} were tokenised by different tokenizers: "
                 "accepted is one for all"
             )
+    allow_open_files(sum(view.prepared.parts for view in views))
     return Loader(views, config, batch=batch, seq=seq, rows=rows, prefetch=prefetch)
 
 

@@ -61,7 +61,7 @@ def prepare(
     *,
     workers: int | None = None,
     max_bad_rate: float = 0.01,
-    piece_bytes: int = 64_000_000,
+    piece_bytes: int = 256_000_000,
     overwrite: bool = False,
     progress: Callable[[Total], None] | None = None,
 ) -> Total:
@@ -196,17 +196,21 @@ def _check_end_token(tokenizer: Tokenizer, work: Work) -> None:
 
 def _plan(work: Work, tokenizer: Tokenizer, files: Sequence[File], piece_bytes: int) -> dict[str, Any]:
     """What decides the bytes of a folder, as JSON has it."""
-    settings = dataclasses.asdict(work) | {"tokenizer": tokenizer_hash(tokenizer), "piece_bytes": piece_bytes}
+    settings = dataclasses.asdict(work) | {
+        "tokenizer": tokenizer_hash(tokenizer),
+        "template": hashlib.sha256(json.dumps(tokenizer.template, sort_keys=True).encode()).hexdigest(),
+        "piece_bytes": piece_bytes,
+    }
+    del settings["family"]  # says where the template came from
     return {"version": VERSION, "settings": settings, "files": [[file.path, file.size] for file in files]}
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """What tells tokenizers apart: vocabulary, merges and chat template, by sha256."""
+    """What tells tokenizers apart: their files' sha256. Chat templates are not in it, for texts do not depend on them."""
     told = hashlib.sha256()
     for name in ("tokenizer.json", "vocab.json", "merges.txt"):
         file = tokenizer.folder / name
         told.update(file.read_bytes() if file.is_file() else b"")
-    told.update(json.dumps(tokenizer.template, sort_keys=True).encode())
     return told.hexdigest()
 
 

@@ -19,6 +19,35 @@ INDEX, PLAN = "dataset.json", "plan.json"
 VERSION = 1
 
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
+
+
+def allow_open_files(count: int) -> None:
+    """Let this process hold that many more files open than it may need otherwise: each part that is read stays open.
+
+    Args:
+        count: of parts.
+
+    Raises:
+        DataError: the system allows fewer.
+    """
+    if resource is None:
+        return
+    needed = count + 256
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise DataError(
+            f"the sources are {count} files and this process may hold {hard} open: accepted is a hard limit (ulimit -Hn) of at "
+            f"least {needed}, or sources prepared in larger pieces (piece_bytes)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 @dataclass(frozen=True)
 class _Stretch:
     """All documents of a file, as grain's source takes it: it then need not open the file to count them."""
@@ -63,6 +92,11 @@ class Prepared:
                 f"{self.folder}: its lengths do not add up to the tokens that {INDEX} says: accepted is the folder as it was "
                 "written"
             )
+
+    @property
+    def parts(self) -> int:
+        """How many files hold documents."""
+        return len(self._parts)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import resource
 from collections import Counter
 
 import jax
@@ -14,7 +15,7 @@ from qwen3_jax.data.files import DataError, check_choice
 from qwen3_jax.data.loader import LoaderConfig, make_loader, merge_states
 from qwen3_jax.data.mixture import Draws, OverLong, Source, long_context
 from qwen3_jax.data.prepare import prepare
-from qwen3_jax.data.prepared import Prepared
+from qwen3_jax.data.prepared import Prepared, allow_open_files
 from qwen3_jax.data.shards import shards_for
 from qwen3_jax.data.worker import Work
 from tests.data.conftest import digits
@@ -254,6 +255,20 @@ def test_shards_are_the_largest_divisor_up_to_256():
     assert shards_for(512, 64) == 64
     with pytest.raises(DataError, match="shards is 5: accepted is a divisor of the batch, 12"):
         shards_for(12, 5)
+
+
+def test_sources_of_many_files_raise_the_limit_of_open_ones(monkeypatch):
+    limits = [(1024, 4096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda what: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda what, limit: limits.append(limit))
+    allow_open_files(700)
+    assert limits == [(1024, 4096)]
+    allow_open_files(2000)
+    assert limits == [(1024, 4096), (2256, 4096)]
+    with pytest.raises(
+        DataError, match=r"4000 files and this process may hold 4096 open: accepted is a hard limit .* of at least 4256"
+    ):
+        allow_open_files(4000)
 
 
 def test_state_is_small(config):

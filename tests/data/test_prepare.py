@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 import os
@@ -138,6 +139,8 @@ def test_a_folder_of_another_run_is_refused_until_it_is_overwritten(tmp_path, wo
         "part-00000.lengths.npy",
         "plan.json",
     ]
+    with pytest.raises(DataError, match="another template: .{64} there"):
+        prepare(source, out, dataclasses.replace(other, family="coder"), workers=0)
     write(tmp_path / "a.jsonl", [*TEXTS, "more"])
     with pytest.raises(DataError, match="holds a run with another set of files: .*a.jsonl', 1.*a.jsonl', 1"):
         prepare(source, out, other, workers=0)
@@ -264,5 +267,11 @@ def test_the_command_says_what_it_did(tmp_path, tokenizer_folder, capsys, monkey
     assert "documents  4, of them 0 of conversations" in said
     assert "100%  1/1 parts  4 documents  " in said and "/s  1 bad" in said
     assert "bad        1: 1 broken JSON" in said and f"{tmp_path / 'a.jsonl'}:5: broken JSON" in said
+    assert main(["data", "show", str(tmp_path / "out"), "--tokenizer", str(tokenizer_folder), "--document", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "documents  4 in 1 parts, of them 0 of conversations" in said and "bad        1 broken JSON" in said
+    assert "zwei\nund mehr<|endoftext|>" in said
+    assert main(["data", "show", str(tmp_path / "out"), "--tokenizer", str(tokenizer_folder), "--document", "4"]) == 2
+    assert "document is 4: accepted are 0 to 3" in capsys.readouterr().err
     assert main(["data", "pack"]) == 2
-    assert "unknown command 'pack'; commands: prepare" in capsys.readouterr().err
+    assert "unknown command 'pack'; commands: prepare, show" in capsys.readouterr().err
