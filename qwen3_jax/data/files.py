@@ -238,7 +238,8 @@ def _inflater(file: File) -> Any:
         import zstandard
     except ImportError as error:
         raise DataError(f"{file.path} needs zstandard, which is not installed: pip install 'qwen3-jax[data]'") from error
-    return zstandard.ZstdDecompressor().decompressobj()
+    # Large dumps are written with windows (`zstd --long=31`) that it refuses unless told.
+    return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
 
 
 def _broken_stream(file: File) -> type[Exception]:

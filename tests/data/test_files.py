@@ -21,6 +21,12 @@ from qwen3_jax.data.tally import Tally, _lines_before
 LINES = b'{"text": "one"}\n{"text": "two"}\r\n{"text": "three"}'
 
 
+def long_window(content):
+    """As `zstd --long=28` writes a stream: with a window that decompressors refuse unless told."""
+    stream = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=28)).compressobj()
+    return stream.compress(content) + stream.flush()
+
+
 def only(path):
     (file,) = find_files([str(path)])
     return file
@@ -125,8 +131,10 @@ def test_parquet_and_array_records_of_a_store(tmp_path):
         ("a.jsonl.gz", gzip.compress(LINES)),
         ("members.jsonl.gz", gzip.compress(LINES[:20]) + gzip.compress(b"") + gzip.compress(LINES[20:])),
         ("a.jsonl.zst", zstandard.compress(LINES)),
+        ("long.jsonl.zst", long_window(LINES)),
         ("frames.json.zst", zstandard.compress(LINES[:20]) + zstandard.compress(LINES[20:])),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_lines_are_the_same_in_every_compression(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3_jax import make_mesh, process_rows
+from qwen3_jax import global_batch, make_mesh, process_rows
 from qwen3_jax.data.encoding import record_tokens
 from qwen3_jax.data.files import DataError, check_choice
 from qwen3_jax.data.loader import LoaderConfig, make_loader, merge_states
@@ -244,8 +244,11 @@ def test_a_row_is_always_of_the_same_shard(config):
 
 
 def test_rows_of_a_mesh(config):
-    rows = process_rows(make_mesh("data=4,context=2"), BATCH)
+    mesh = make_mesh("data=4,context=2")
+    rows = process_rows(mesh, BATCH)
     (whole, *_) = batches(config, 1)
+    placed = global_batch(batches(config, 1, rows=rows)[0], mesh, BATCH)
+    assert same(placed, whole) and placed.tokens.addressable_shards[0].data.shape == (3, SEQ)
     (part, *_) = batches(config, 1, rows=rows[3:8])
     assert same(part, rows_of(whole, range(3, 8)))
 
