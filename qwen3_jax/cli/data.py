@@ -62,8 +62,8 @@ class Options:
 class Show:
     """What a prepared folder holds; with a tokenizer, a document of it as text, what is learned in bold."""
 
-    folder: tyro.conf.Positional[Path]
-    """That `data prepare` has written."""
+    folder: tyro.conf.Positional[str]
+    """That `data prepare` has written; one of a store (gs://) is copied to a disk."""
     tokenizer: str | None = None
     """The one that it was prepared with."""
     document: int = 0

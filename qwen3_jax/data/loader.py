@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -37,12 +38,14 @@ class LoaderConfig:
         seed: of order and mixture.
         shards: logical ones, a divisor of the batch's rows; None: the largest one up to 256.
         waiting: documents that a shard keeps waiting for a row where they fit.
+        cache: folder on a disk to which sources in a store are copied; None: fetch.CACHE.
     """
 
     sources: tuple[Source, ...]
     seed: int = 0
     shards: int | None = None
     waiting: int = 32
+    cache: str | Path | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -299,7 +302,7 @@ def make_loader(
         raise DataError(f"rows is {short(rows)}: accepted are some of 0 to {batch - 1}")
     if prefetch < 0:
         raise DataError(f"prefetch is {prefetch}: accepted is at least 0")
-    views = [View(source, seq, config.seed) for source in config.sources]
+    views = [View(source, seq, config.seed, config.cache) for source in config.sources]
     first = views[0]
     for view in views[1:]:
         if view.prepared.index["tokenizer"] != first.prepared.index["tokenizer"]:

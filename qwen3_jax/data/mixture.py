@@ -34,7 +34,7 @@ class Source:
 
     Attributes:
         name: what reports and states call it; each one's own.
-        folder: that `prepare` has written.
+        folder: that `prepare` has written; one of a store (gs://...) is copied to a disk.
         weight: share of the mixture's tokens, relative to the others'.
         min_tokens: of the documents that are taken.
         max_tokens: likewise; None: any.
@@ -94,13 +94,14 @@ class View:
         dropped: how many are too long for a row, and not taken.
     """
 
-    def __init__(self, source: Source, slots: int, seed: int):
+    def __init__(self, source: Source, slots: int, seed: int, cache: str | Path | None = None):
         """Open a source.
 
         Args:
             source: which.
             slots: of a row.
             seed: of the mixture.
+            cache: where folders of a store are copied to; None: fetch.CACHE.
 
         Raises:
             DataError: a folder that is refused, or none of whose documents is taken.
@@ -108,7 +109,7 @@ class View:
         import grain
 
         self.source = source
-        self.prepared = Prepared(source.folder)
+        self.prepared = Prepared(source.folder, cache)
         self.over_long = source.over_long or ("cut" if self.prepared.index["conversations"] else "split")
         lengths = self.prepared.lengths
         most = np.iinfo(np.int64).max if source.max_tokens is None else source.max_tokens

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen3_jax.data.fetch import fetch
 from qwen3_jax.data.files import DataError
 
 # Of a prepared folder: what it holds, written last; what it is being made of, written first; the layout of both.
@@ -67,16 +68,18 @@ class Prepared:
         lengths: tokens of each document [documents] uint32.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    def __init__(self, folder: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None):
         """Open a folder.
 
         Args:
-            folder: that prepare has written, to its end.
+            folder: that prepare has written, to its end; one of a store (gs://...) is copied to a disk first.
+            cache: where to; None: fetch.CACHE.
 
         Raises:
             DataError: it is not there, not finished, of another version, or a file is missing or of another size.
         """
-        self.folder = Path(folder)
+        address = os.fspath(folder)
+        self.folder = fetch(address, INDEX, cache) if "://" in address else Path(folder)
         self.index = _index(self.folder)
         self._parts = [part for part in self.index["parts"] if part["documents"]]
         for part in self._parts:

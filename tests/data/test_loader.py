@@ -3,6 +3,7 @@ import json
 import resource
 from collections import Counter
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -251,6 +252,35 @@ def test_rows_of_a_mesh(config):
     assert same(placed, whole) and placed.tokens.addressable_shards[0].data.shape == (3, SEQ)
     (part, *_) = batches(config, 1, rows=rows[3:8])
     assert same(part, rows_of(whole, range(3, 8)))
+
+
+def test_a_source_in_a_store_is_copied_once_and_gives_the_same_batches(tmp_path, config, web):
+    store = fsspec.filesystem("memory")
+    store.pipe({f"/bucket/web/{file.name}": file.read_bytes() for file in web.iterdir()})
+    try:
+        there = dataclasses.replace(
+            config, cache=tmp_path, sources=(Source("web", "memory://bucket/web", 3.0), config.sources[1])
+        )
+        assert all(map(same, batches(there, 3), batches(config, 3)))
+        (copy,) = tmp_path.iterdir()
+        times = {file.name: file.stat().st_mtime_ns for file in copy.glob("part-*")}
+        assert len(times) == 2 * Prepared(web).parts > 2
+        (copy / "part-00000.array_record").write_bytes(b"cut")
+        assert same(batches(there, 1)[0], batches(config, 1)[0])
+        again = {file.name for file in copy.glob("part-*") if file.stat().st_mtime_ns != times[file.name]}
+        assert again == {"part-00000.array_record", "part-00000.lengths.npy"}
+        store.pipe("/bucket/web/part-00001.array_record", b"cut")
+        (copy / "part-00001.lengths.npy").unlink()
+        with pytest.raises(DataError, match="web/part-00001.array_record has not the .* bytes that dataset.json says"):
+            batches(there, 1)
+        store.rm("/bucket/web/part-00001.array_record")
+        with pytest.raises(DataError, match="memory://bucket/web/part-00001.array_record: "):
+            batches(there, 1)
+        store.rm("/bucket/web/dataset.json")
+        with pytest.raises(DataError, match="memory://bucket/web has no dataset.json: accepted is a folder that"):
+            batches(there, 1)
+    finally:
+        store.rm("/bucket", recursive=True)
 
 
 def test_shards_are_the_largest_divisor_up_to_256():
