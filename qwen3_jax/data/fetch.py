@@ -48,8 +48,8 @@ def fetch(url: str, index_name: str, cache: str | os.PathLike[str] | None = None
         needed, free = sum(part["bytes"] + 4 * part["documents"] for part in wanted), shutil.disk_usage(place).free
         if needed > free:
             raise DataError(
-                f"{url} needs {decimal(needed)} in {place} and its disk has {decimal(free)} free: accepted is another cache, or "
-                "a mount of the store as the source's folder"
+                f"{url} needs {decimal(needed)} in {place} and its disk has {decimal(free)} free: accepted is another cache, "
+                "or a mount of the store as the source's folder"
             )
     for part in wanted:
         for name in (f"{part['name']}.lengths.npy", f"{part['name']}.array_record"):

@@ -117,7 +117,6 @@ class _Read(grain.transforms.Map):
     """Plans to arrays."""
 
     def __init__(self, views: Sequence[View], slots: int):
-        self.vocab_size: int = views[0].prepared.index["vocab_size"]
         self._views = views
         self._slots = slots
 
@@ -159,6 +158,8 @@ class Loader(Iterator[Any]):
     ):
         shards = shards_for(batch, config.shards)
         self.rows = tuple(rows)
+        self.vocab_size: int = views[0].prepared.index["vocab_size"]
+        self._failed: Exception | None = None
         self._views = views
         self._seq = seq
         self._told = {
@@ -182,11 +183,17 @@ class Loader(Iterator[Any]):
             A qwen3_jax Batch of numpy arrays [rows of this process, seq].
 
         Raises:
-            DataError: a damaged file.
+            DataError: a damaged file; from then on always. `state` is still that of the last batch given.
         """
         from qwen3_jax.training.step import Batch
 
-        return Batch(**next(self._iterator))
+        if self._failed is not None:
+            raise self._failed  # the plan has gone on, so the next batch would not be the next one
+        try:
+            return Batch(**next(self._iterator))
+        except Exception as error:
+            self._failed = error
+            raise
 
     def state(self) -> dict[str, Any]:
         """What the next batch depends on, as JSON has it.

@@ -388,8 +388,11 @@ def test_a_damaged_folder_and_two_tokenizers_are_refused(tmp_path, made, tokeniz
     (folder / "dataset.json").write_text(json.dumps(index))
     for prefetch in (0, 2):
         with make_loader(LoaderConfig((Source("a", folder),)), batch=1, seq=8, prefetch=prefetch) as loader:
-            with pytest.raises(DataError, match="is damaged"):
-                next(loader)
+            before = loader.state()
+            for _ in range(2):
+                with pytest.raises(DataError, match="is damaged"):
+                    next(loader)
+            assert loader.state() == before
     file.write_bytes(content[:-1])
     with pytest.raises(DataError, match=r"has \d+ bytes, and dataset.json says"):
         Prepared(folder)
@@ -425,6 +428,7 @@ def test_targets_of_conversations_are_the_mask(tmp_path, tokenizer_folder, tok):
         assert short.report()["cut"] == {"chat": 20}
     with make_loader(config, batch=2, seq=128) as loader:
         batch = next(loader)
+        assert loader.vocab_size == tok.vocab_size
     learned = 0
     for labels, mask, segments in zip(batch.labels, batch.mask, batch.segment_ids, strict=True):
         for number in range(1, segments.max() + 1):
