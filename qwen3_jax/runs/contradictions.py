@@ -126,6 +126,12 @@ def _stage(run: Run, at: str, stage: StageSection) -> Iterator[Contradiction]:
             f"is a multiple of {step}, as {low or step} or {low + step}",
             *(f"{at}.{name}" for name in ("tokens", "batch", "seq")),
         )
+    if run.data.shards is not None and stage.batch % run.data.shards:
+        yield Contradiction(
+            f"{at}.batch is {stage.batch} rows of {run.data.shards} shards: accepted is a multiple of them",
+            f"{at}.batch",
+            "data.shards",
+        )
     if stage.batch % stage.accumulation:
         yield Contradiction(
             f"{at}.batch is {stage.batch} rows in {stage.accumulation} parts: {stage.batch} / {stage.accumulation} leaves "

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 
 from qwen3_jax import __version__
 from qwen3_jax.config import Qwen3Config
-from qwen3_jax.data.loader import LoaderConfig, make_loader, merge_states
-from qwen3_jax.data.mixture import Source
+from qwen3_jax.data.loader import make_loader
+from qwen3_jax.data.state import merge_states
 from qwen3_jax.model.transformer import Qwen3
 from qwen3_jax.parallel.batches import global_batch, process_rows
 from qwen3_jax.parallel.processes import initialize
@@ -36,6 +36,8 @@ from qwen3_jax.training.state import abstract_train_state, init_train_state
 from qwen3_jax.training.step import make_train_step
 from qwen3_jax.training.stopping import Stopping
 from qwen3_jax.tune.lora import LoraConfig, attach
+
+MOST_SHARDS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,36 +262,29 @@ def _stage(run: Run, name: str, stage: StageSection, config: Qwen3Config, mesh: 
         steps=stage.steps,
         tokens=stage.batch * stage.seq,
         step=step,
-        open_data=lambda at: _StageData(run, name, stage, mesh, rules, at),
+        open_data=lambda at, carried: _StageData(run, stage, mesh, rules, at, carried),
     )
 
 
 class _StageData:
     """A stage's loader, its batches put on the mesh."""
 
-    def __init__(self, run: Run, name: str, stage: StageSection, mesh: Mesh, rules: Rules, at: Mapping[str, Any] | None):
+    def __init__(
+        self,
+        run: Run,
+        stage: StageSection,
+        mesh: Mesh,
+        rules: Rules,
+        at: Mapping[str, Any] | None,
+        carried: bool,
+    ):
         self._mesh, self._rules, self._rows = mesh, rules, stage.batch
-        names = stage.mixture or dict.fromkeys(run.data.sources, 1.0)
-        sources = []
-        for source, weight in names.items():
-            given = run.data.sources[source]
-            sources.append(
-                Source(
-                    name=source,
-                    folder=given.folder,
-                    weight=weight,
-                    min_tokens=given.min_tokens,
-                    max_tokens=given.max_tokens,
-                    over_long=given.over_long,
-                )
-            )
-        # Each stage has an order of its own: the documents of the last one would come again in this one's first epoch.
-        seed = run.seed + 1000 * list(run.stages).index(name)
-        config = LoaderConfig(tuple(sources), seed=seed, shards=run.data.shards, waiting=run.data.waiting)
         rows = process_rows(mesh, stage.batch, rules)
-        self._loader = make_loader(config, batch=stage.batch, seq=stage.seq, rows=rows, prefetch=run.data.prefetch)
+        self._loader = make_loader(
+            loader_config(run, stage), batch=stage.batch, seq=stage.seq, rows=rows, prefetch=run.data.prefetch
+        )
         if at is not None:
-            self._loader.restore(at)
+            (self._loader.carry_on if carried else self._loader.restore)(at)
 
     def __next__(self) -> Any:
         return global_batch(next(self._loader), self._mesh, self._rows, self._rules)

@@ -30,14 +30,14 @@ class Stage:
         steps: how many.
         tokens: of a step, padding counted.
         step: state and batch to state and metrics; it takes the state (qwen3_jax.training.step).
-        open_data: makes the stage's data, which begins anew or where a state of it says.
+        open_data: makes the stage's data: anew; where a state of it says; or, told True, going on after another stage's.
     """
 
     name: str
     steps: int
     tokens: int
     step: Callable[[Any, Any], tuple[Any, dict[str, Any]]]
-    open_data: Callable[[Mapping[str, Any] | None], Any]
+    open_data: Callable[[Mapping[str, Any] | None, bool], Any]
 
 
 @runtime_checkable
@@ -93,8 +93,8 @@ class Progress:
     """Where a run stands beside its state; JSON, saved with it.
 
     Attributes:
-        stage: the stage that the data is of.
-        data: the data's state; None at a stage's beginning.
+        stage: the stage that the data is of; at a stage's end that stage still.
+        data: the data's state; None before the first step.
         mean: running mean of the loss; None before the first step.
         rewound: steps that the run went back from, each with the one it went back to.
     """
@@ -165,16 +165,14 @@ class Loop:
         at = int(state.step)
         while at < self.steps:
             stage, first = self._stage_at(at)
-            if progress.stage != stage.name:
-                progress.stage, progress.data = stage.name, None
-            data = stage.open_data(progress.data)
+            data = stage.open_data(progress.data, progress.stage not in (None, stage.name))
+            progress.stage = stage.name
             try:
                 state, at, ended = self._run_stage(stage, first, state, progress, data, stopping)
             finally:
                 data.close()
             if ended:
                 return state, False
-            progress.data = None
         self._end_trace()
         self._save(at, state, progress)
         self._checkpoints.wait()
@@ -227,7 +225,7 @@ class Loop:
                 self._journal.write(dict(step=at - 1, stage=stage.name, **self._look(at, state)))
                 self.seconds["look"] += time.perf_counter() - begun
             if due:
-                progress.data = data.state() if at < first + stage.steps else None
+                progress.data = data.state()
                 self._save(at, state, progress)
         self._settle(waiting, progress)
         return state, at, False

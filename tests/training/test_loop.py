@@ -35,7 +35,7 @@ class Numbers:
         return Batch(tokens, np.roll(tokens, -1, 1), mask)
 
     def state(self):
-        return {"at": self.at}
+        return {"at": self.at, "rows": self.rows}
 
     def report(self):
         return {}
@@ -69,8 +69,9 @@ def run(folder, *stops, policy=None, spoiled=(), step=step_of, lines=None):
     opened = []
 
     def open_data(rows):
-        def make(at):
-            opened.append(Numbers(rows, at, spoiled))
+        def make(at, carried):
+            assert carried == (rows == 3 and (at is None or at["rows"] == 2))
+            opened.append(Numbers(rows, None if carried else at, spoiled))
             return opened[-1]
 
         return make
