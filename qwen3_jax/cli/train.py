@@ -1,7 +1,13 @@
 """`qwen3-jax train RUN.toml [--section.key value ...]`: a run of training, or what it would be."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qwen3_jax.runs.schema import Run
 
 WIDEST = 160
 USAGE = """usage: qwen3-jax train RUN.toml [--print-config] [--dry-run] [--help-config] [--section.key value ...]
@@ -54,4 +60,34 @@ def main(argv: Sequence[str]) -> int:
         return 0 if need.hbm is None or need.bytes <= need.hbm else 1
     if switches:
         return 0
-    raise ValueError("training by a file is not built yet: accepted are --print-config, --dry-run and --help-config")
+    return _train(resolved.run, console)
+
+
+def _train(run: "Run", console: "Console") -> int:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from qwen3_jax.runs.train import train
+    from qwen3_jax.training.checkpoints import TrainingCheckpointError
+    from qwen3_jax.training.loop import TrainingError
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(run.name, total=run.steps)
+
+        def told(step: int, figures: Mapping[str, Any]) -> None:
+            loss, rate = figures["loss"], figures["tokens_per_second"]
+            line = f"step {step:,}  {figures['stage']}  loss {loss:.4f}  {rate:,.0f} tokens/s"
+            if figures["mfu"] is not None:
+                line += f"  MFU {figures['mfu']:.1%}"
+            progress.update(task, completed=step + 1, description=line)
+            if not console.is_terminal and (step + 1) % run.watch.every == 0:
+                console.print(line)
+
+        try:
+            ended = train(run, told, progress.console.print)
+        except (TrainingError, TrainingCheckpointError) as error:
+            print(f"qwen3-jax train: {error}", file=sys.stderr)
+            return 1
+    seconds = "  ".join(f"{name} {value:.1f}" for name, value in ended.seconds.items())
+    console.print(f"seconds of this start: {seconds}")
+    return 0

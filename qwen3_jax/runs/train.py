@@ -2,20 +2,17 @@
 
 import dataclasses
 import json
-import platform
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from qwen3_jax import __version__
+from qwen3_jax.chips import load_chips
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.data.loader import make_loader
 from qwen3_jax.data.state import merge_states
@@ -23,21 +20,20 @@ from qwen3_jax.model.transformer import Qwen3
 from qwen3_jax.parallel.batches import global_batch, process_rows
 from qwen3_jax.parallel.processes import initialize
 from qwen3_jax.parallel.rules import TRAIN_RULES, Rules
+from qwen3_jax.planning.estimate import model_flops
+from qwen3_jax.runs.dry_run import stage_job
 from qwen3_jax.runs.models import model_config
+from qwen3_jax.runs.parts import about, loader_config, lora_config, optimizer_of, policy_of, stage_config
 from qwen3_jax.runs.schema import Run, StageSection
 from qwen3_jax.runs.show import shown
 from qwen3_jax.runs.toml import RunError
 from qwen3_jax.training.checkpoints import Checkpoints
 from qwen3_jax.training.journal import Journal
-from qwen3_jax.training.loop import Loop, Policy, Progress, Stage
-from qwen3_jax.training.optimizer import adamw, muon
-from qwen3_jax.training.schedule import Phase, schedule
+from qwen3_jax.training.loop import Loop, Progress, Stage
 from qwen3_jax.training.state import abstract_train_state, init_train_state
 from qwen3_jax.training.step import make_train_step
 from qwen3_jax.training.stopping import Stopping
-from qwen3_jax.tune.lora import LoraConfig, attach
-
-MOST_SHARDS = 256
+from qwen3_jax.tune.lora import attach
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +90,7 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
             about=about(run),
             told=told if leads else None,
             trace=str(folder / "trace"),
+            peak=peak_of(mesh),
         )
         start = time.perf_counter() - begun
         with Stopping() as stopping:
@@ -108,60 +105,11 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
     return Ended(step, done, seconds)
 
 
-def optimizer_of(run: Run) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of a run, its rate that of all stages one after another.
-
-    Args:
-        run: the run.
-
-    Returns:
-        An optax transformation.
-    """
-    section = run.optimizer
-    options: dict[str, Any] = dict(
-        b1=section.b1,
-        b2=section.b2,
-        eps=section.eps,
-        weight_decay=section.weight_decay,
-        max_grad_norm=section.max_grad_norm,
-        mu_dtype=jnp.dtype(section.moment_dtype),
-    )
-    rate = schedule([phase_of(stage) for stage in run.stages.values()])
-    return muon(rate, **options) if section.name == "muon" else adamw(rate, **options)
-
-
-def phase_of(stage: StageSection) -> Phase:
-    """A stage's learning rate, in steps: tokens of warm-up and decay are rounded up to whole ones."""
-    step = stage.batch * stage.seq
-    return Phase(
-        steps=stage.steps,
-        peak=stage.learning_rate,
-        kind=stage.schedule,
-        start=stage.start,
-        warmup=-(-stage.warmup // step),
-        decay=min(-(-stage.decay // step), stage.steps - -(-stage.warmup // step)),
-        end=stage.end,
-    )
-
-
-def policy_of(run: Run) -> Policy:
-    """When things happen in a run."""
-    return Policy(
-        save_every=run.checkpoint.every,
-        write_every=run.watch.every,
-        look_every=run.watch.held_out_every,
-        not_finite=run.step.not_finite,
-        max_skipped=run.step.max_skipped,
-        spike=run.step.spike,
-        profile=run.watch.profile,
-    )
-
-
-def about(run: Run) -> dict[str, Any]:
-    """What a checkpoint says of the run and of the code that wrote it."""
-    libraries = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    versions = {"qwen3-jax": __version__, "python": platform.python_version(), **{name: version(name) for name in libraries}}
-    return dict(config=json.loads(json.dumps(dataclasses.asdict(run), default=dict)), versions=versions)
+def peak_of(mesh: Mesh) -> float | None:
+    """FLOP/s in bfloat16 of a mesh's devices; None of a kind that is not in the list of chips."""
+    kind = mesh.devices.flat[0].device_kind.lower()
+    found = [chip for chip in load_chips().values() if chip.device_kind.lower() == kind]
+    return found[0].bf16_flops * mesh.size if found else None
 
 
 def _quiet(line: str) -> None:
@@ -233,16 +181,6 @@ def _model(run: Run, config: Qwen3Config, mesh: Mesh, rules: Rules) -> Qwen3:
     return model if adapt is None else attach(model, adapt, jax.random.key(run.seed))
 
 
-def lora_config(run: Run) -> LoraConfig | None:
-    """The adapters of a run; None where all parameters are trained."""
-    return None if run.lora is None else LoraConfig(rank=run.lora.rank, alpha=run.lora.alpha)
-
-
-def stage_config(config: Qwen3Config, stage: StageSection) -> Qwen3Config:
-    """The model's config in a stage: positions turn by the stage's own base."""
-    return config if stage.rope_theta is None else dataclasses.replace(config, rope_theta=stage.rope_theta)
-
-
 def _stage(run: Run, name: str, stage: StageSection, config: Qwen3Config, mesh: Mesh, rules: Rules, optimizer: Any) -> Stage:
     step = make_train_step(
         stage_config(config, stage),
@@ -261,6 +199,7 @@ def _stage(run: Run, name: str, stage: StageSection, config: Qwen3Config, mesh: 
         name=name,
         steps=stage.steps,
         tokens=stage.batch * stage.seq,
+        flops=model_flops(stage_job(run, dataclasses.replace(stage, accumulation=1))),
         step=step,
         open_data=lambda at, carried: _StageData(run, stage, mesh, rules, at, carried),
     )

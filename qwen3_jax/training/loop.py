@@ -29,6 +29,7 @@ class Stage:
         name: its name.
         steps: how many.
         tokens: of a step, padding counted.
+        flops: of a step, that the model asks for (qwen3_jax.planning.estimate.model_flops).
         step: state and batch to state and metrics; it takes the state (qwen3_jax.training.step).
         open_data: makes the stage's data: anew; where a state of it says; or, told True, going on after another stage's.
     """
@@ -36,6 +37,7 @@ class Stage:
     name: str
     steps: int
     tokens: int
+    flops: float
     step: Callable[[Any, Any], tuple[Any, dict[str, Any]]]
     open_data: Callable[[Mapping[str, Any] | None, bool], Any]
 
@@ -119,6 +121,7 @@ class Loop:
         look: Callable[[int, Any], Mapping[str, Any]] | None = None,
         told: Callable[[int, Mapping[str, Any]], None] | None = None,
         trace: str | None = None,
+        peak: float | None = None,
     ):
         """Put a run together.
 
@@ -131,6 +134,7 @@ class Loop:
             look: measures the state every so often: held-out loss, completions; its figures go to the journal.
             told: is shown each step's figures.
             trace: folder of the profiler's trace.
+            peak: FLOP/s of all chips, for the MFU; None where it is not known.
         """
         self._stages = stages
         self._policy = policy
@@ -141,6 +145,8 @@ class Loop:
         self._told = told
         self._trace = trace
         self._tracing = False
+        self._peak = peak
+        self._seen = time.perf_counter()
         self.seconds: dict[str, float] = dict(train=0.0, compile=0.0, save=0.0, look=0.0, restore=0.0, data=0.0)
 
     @property
@@ -243,7 +249,7 @@ class Loop:
             raise TrainingError(f"step {step}: loss {loss}, gradient {small['grad_norm']}: the run stops by step.not_finite")
         if in_a_row >= self._policy.max_skipped:
             raise TrainingError(f"step {step}: {in_a_row} steps in a row were not finite: the run stops by step.max_skipped")
-        figures = dict(step=step, stage=stage.name, tokens_seen=self._tokens(step + 1), **small)
+        figures = dict(step=step, stage=stage.name, tokens_seen=self._tokens(step + 1), **self._speed(stage), **small)
         if self._told is not None:
             self._told(step, figures)
         if (step + 1) % self._policy.write_every == 0 or in_a_row:
@@ -254,6 +260,13 @@ class Loop:
         if not in_a_row:
             progress.mean = loss if mean is None else RUNNING_MEAN * mean + (1 - RUNNING_MEAN) * loss
         return False
+
+    def _speed(self, stage: Stage) -> dict[str, float | None]:
+        """Tokens a second since the last step that was looked at, and the share of the chips' peak that they are."""
+        now = time.perf_counter()
+        seconds, self._seen = now - self._seen, now
+        mfu = stage.flops / seconds / self._peak if self._peak else None
+        return dict(tokens_per_second=stage.tokens / seconds, mfu=mfu)
 
     def _tokens(self, steps: int) -> int:
         total = 0

@@ -76,7 +76,7 @@ def run(folder, *stops, policy=None, spoiled=(), step=step_of, lines=None):
 
         return make
 
-    stages = [Stage("first", 5, 24, step(1e4), open_data(2)), Stage("second", 6, 36, step(1e6), open_data(3))]
+    stages = [Stage("first", 5, 24, 1e6, step(1e4), open_data(2)), Stage("second", 6, 36, 1e6, step(1e6), open_data(3))]
     with Checkpoints(folder / "checkpoints", keep=9) as checkpoints:
         state, progress = start(), Progress()
         found = checkpoints.restore(state)
