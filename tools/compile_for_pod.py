@@ -48,6 +48,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--slack", type=float, help="of the experts' buffers, in multiples of an even load")
     parser.add_argument("--yarn", type=float, help="stretch positions by this factor")
     parser.add_argument("--buffers", type=int, default=0, metavar="N", help="list the N largest buffers at the peak")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="write the compiled program's text, for tools/show_hbm.py")
     parser.add_argument("--memory-only", action="store_true", help="stop when buffers are placed")
     parser.add_argument("--dump", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -117,6 +118,8 @@ def _compile(given: argparse.Namespace, folder: Path | None, start: float) -> in
         return 1
     end = time.perf_counter()
 
+    if given.text is not None:
+        given.text.write_text(compiled.as_text() or "")
     memory = compiled.memory_analysis()
     if memory is None:
         raise RuntimeError("this compiler does not say how much memory a program takes")

@@ -88,17 +88,8 @@ def device_flops(job: Job, cut: Shares) -> float:
     return passes(job) * layers * t + (passes(job) + job.adapts) * scores * t + (4 - job.adapts if job.trains else 1) * head
 
 
-def device_hbm_bytes(job: Job, cut: Shares) -> float:
-    """Bytes that pass through HBM in a step.
-
-    Weights: each of the passes reads a layer's in bfloat16, whole along embed. Of experts each visit reads those that its c
-    tokens chose, E (1 - (1 - k / E)^c) of all: each step of a ring those of one device's tokens, all_to_all and gather once
-    those of all that the experts are split over. In training weights are first read in float32 and written in
-    bfloat16, twice; the gradient is written and read in float32; the optimizer reads and writes weight and two moments and
-    reads the gradient (8 float32 a parameter with the norm of all gradients). In lora all that is of the adapters, and a
-    frozen layer is read and written twice in bfloat16, for it is cut out of its stack and gathered. Activations: each product
-    reads its input and writes its output in bfloat16, in every pass; norms, residuals and the sort of rows add 8 D a token,
-    and 4 k D for experts. Attention's scores stay on the chip. The cache is read once.
+def cache_bytes(job: Job, cut: Shares) -> float:
+    """Bytes of keys and values: 2 L b K S H in bfloat16; none in training.
 
     Args:
         job: the job.
@@ -107,36 +98,6 @@ def device_hbm_bytes(job: Job, cut: Shares) -> float:
     Returns:
         Bytes of one device.
     """
-    config, t = job.config, cut.tokens(job)
-    d, h, k = config.hidden_size, config.head_dim, config.num_experts_per_tok
-    heads, keys = config.num_attention_heads / cut.heads, config.num_key_value_heads / cut.kv_heads
-    held = parameters(job, cut)
-    used = held.whole(cut)
-    whole, kept = used.total - used.words, held.total - held.words
-    # An expert that no token of a chunk chose is not read for it.
-    chosen = 1 - (1 - k / config.num_experts) ** cut.chunk(job) if config.num_experts else 0.0
-    read = whole - used.experts + used.experts * chosen * cut.visits
-    weights = HALF * passes(job) * read + HALF * held.words
-    total = held.total
-    if job.adapts:
-        weights += 2 * HALF * (kept + whole)
-        pairs = adapters(job, cut)
-        total = kept = sum(factors.total for factors in pairs.values())
-        whole = sum(factors.embed * cut.devices(cut.gathered[kind]) + factors.inner for kind, factors in pairs.items())
-        weights += HALF * (passes(job) + 1) * whole
-    if job.trains:
-        weights += 2 * (FLOAT * kept + HALF * whole) + 2 * FLOAT * whole + (8 + 2) * FLOAT * total
-    wide = {
-        "dense": 2 * d + 6 * config.intermediate_size / cut.mlp,
-        "moe": k * (4 * d + 2 * d + 6 * config.moe_intermediate_size / cut.mlp),
-    }
-    attention = 2 * d + h * (4 * heads + 6 * keys) + 8 * d
-    layers = sum(attention + wide[kind.mlp] for kind in config.block_kinds())
-    return weights + passes(job) * HALF * layers * t + _cache(job, cut) * (1 if job.mode == "decode" else 0)
-
-
-def _cache(job: Job, cut: Shares) -> float:
-    """Bytes of keys and values: 2 L b K S H in bfloat16; none in training."""
     config = job.config
     if job.trains:
         return 0.0
@@ -285,7 +246,7 @@ def device_memory(job: Job, cut: Shares) -> dict[str, float]:
         "weights": FLOAT * trained + HALF * frozen,
         "optimizer": 2 * FLOAT * trained,
         "gradients": FLOAT * trained,
-        "cache": _cache(job, cut),
+        "cache": cache_bytes(job, cut),
         "activations": saved if job.trains else 0.0,
         "working": (2 if job.trains else 1) * of_layer + (HALF + FLOAT if job.mode == "train" else HALF) * layer + logits,
     }

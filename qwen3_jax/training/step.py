@@ -245,9 +245,8 @@ def make_train_step(
 
     def loss_fn(params: Any, frozen: Any, batch: Batch, graph: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = nnx.merge(graph, params) if frozen is None else nnx.merge(graph, params, frozen)
-        out = model(batch.tokens, segment_ids=batch.segment_ids, output="hidden", remat=remat)
-        losses, normaliser = model.losses(out.hidden, batch.labels)
-        loss = mean_loss(losses, normaliser, batch.labels, batch.mask, z_loss)
+        out = model(batch.tokens, segment_ids=batch.segment_ids, labels=batch.labels, output="hidden", remat=remat)
+        loss = mean_loss(out.losses, out.normaliser, batch.labels, batch.mask, z_loss)
         balance = balance_of_counts(out.counts, out.probabilities, config.num_experts_per_tok)
         load = shares(out.counts.sum(axis=1))
         metrics = dict(loss=loss, balance_loss=balance, expert_load=load, dropped_rows=out.dropped.sum())

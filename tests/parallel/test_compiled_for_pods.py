@@ -6,6 +6,7 @@ the time, is machine code, which tests/kernels makes of the kernels for every ch
 
 import functools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -52,7 +53,13 @@ PODS = {
 }
 
 
-DECODED = {"v5e": 16, "v5p": 32, "v6e": 16, "tpu7x": 64}  # rows of decode: eight a chip
+ROWS = {"v5e": 8, "v5p": 5, "v6e": 8, "tpu7x": 8}  # of decode, on each shard of the batch
+
+
+def shards(pod: str, *axes: str) -> int:
+    """Into how many parts these axes of its mesh split an array."""
+    sizes = dict(part.split("=") for part in PODS[pod][1].split(","))
+    return math.prod(int(sizes.get(axis, 1)) for axis in axes)
 
 
 @functools.cache
@@ -63,9 +70,8 @@ def placed(pod: str, mode: str) -> tuple[str, Memory]:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(CONFIG.to_hf()))
         wish = ["--topology", topology, "--mesh", mesh, "--mode", mode, *more]
-        size = (
-            ["--batch", str(DECODED[pod]), "--seq", str(SLOTS)] if mode == "decode" else ["--batch", "16", "--seq", str(LENGTH)]
-        )
+        rows, length = (16, LENGTH) if mode != "decode" else (ROWS[pod] * shards(pod, "data", "fsdp", "expert"), SLOTS)
+        size = ["--batch", str(rows), "--seq", str(length)]
         with (folder / "log").open("wb") as log:
             command = [sys.executable, "tools/compile_for_pod.py", name, *wish, *size, "--dump", name]
             child = subprocess.Popen(command, stdout=log, stderr=log)
@@ -99,8 +105,7 @@ def test_no_weight_of_all_layers_is_gathered_or_kept_in_another_dtype(pod):
     text, _ = placed(pod, "train")
     stacks = [line for line in text.splitlines() if re.search(r"= \(?\w+\[2,[\d,]+\].* all-gather(-start)?\(", line)]
     assert not stacks
-    sizes = dict(part.split("=") for part in PODS[pod][1].split(","))
-    fsdp, expert, tensor = (int(sizes.get(axis, 1)) for axis in ("fsdp", "expert", "tensor"))
+    fsdp, expert, tensor = (shards(pod, axis) for axis in ("fsdp", "expert", "tensor"))
     embed = 512 // (fsdp * expert if EMBED[0] in PODS[pod][2] else fsdp)
     for shape in (
         f"{16 // expert},{256 // tensor},{512 // fsdp}",  # experts' gate and up
@@ -134,7 +139,7 @@ def test_adapters_alone_have_gradients():
 def test_decode_writes_its_cache_in_place(pod):
     text, memory = placed(pod, "decode")
     assert text.split("\n", 1)[0].count("may-alias") >= 5
-    cache = 2 * 4 * 8 * (8 if "tensor" in PODS[pod][1] else 16) * SLOTS * 128 * 2
+    cache = 2 * 4 * ROWS[pod] * (16 // shards(pod, "tensor")) * SLOTS * 128 * 2
     assert memory.arguments > cache
     assert memory.temporaries < 0.15 * cache
     assert re.search("jit\\(gmm\\)/pallas_call", text)

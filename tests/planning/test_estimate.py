@@ -14,7 +14,6 @@ from qwen3_jax.parallel.mesh import AXES, MeshError
 from qwen3_jax.parallel.rules import RULES, TRAIN_RULES
 from qwen3_jax.planning.estimate import (
     device_flops,
-    device_hbm_bytes,
     device_memory,
     device_traffic,
     model_flops,
@@ -24,6 +23,7 @@ from qwen3_jax.planning.estimate import (
 from qwen3_jax.planning.job import Job, PlanError
 from qwen3_jax.planning.programs import device_bytes
 from qwen3_jax.planning.shares import adapters, parameters, shares
+from qwen3_jax.planning.traffic import device_hbm_bytes
 from qwen3_jax.tune.lora import LoraConfig
 from tests.planning.jobs import job
 
@@ -216,11 +216,12 @@ def test_a_ring_reads_the_experts_that_each_chunk_chose():
         return (device_hbm_bytes(given, cut) - device_hbm_bytes(fewer, cut)) / 2
 
     matrices = 4 * 3 * 32 * 12  # of half the width, of four layers
-    rows = 4 * 2 * 6 * 12  # what a token's rows are narrower
-    assert read() == pytest.approx(8 * (1 - (3 / 4) ** 16) * matrices + 16 * rows)
-    assert read(by("ring"), expert=8) == pytest.approx(8 * (1 - (3 / 4) ** 2) * matrices + 2 * rows)
+    copied = 2 * matrices  # of each expert, out of the stack
+    rows = 32 * 4 * 7 * 12  # buffers hold all that could come: 32 rows at once, or 8 times 4; what those are narrower
+    assert read() == pytest.approx(8 * (1 - (3 / 4) ** 16) * matrices + 8 * copied + rows)
+    assert read(by("ring"), expert=8) == pytest.approx(8 * (1 - (3 / 4) ** 2) * matrices + copied + rows)
     # Gathered, all sixteen rows meet each device's one expert once.
-    assert read(by("gather"), expert=8) == pytest.approx((1 - (3 / 4) ** 16) * matrices + 2 * rows)
+    assert read(by("gather"), expert=8) == pytest.approx((1 - (3 / 4) ** 16) * matrices + copied + rows)
 
 
 @pytest.mark.parametrize("axis", ["data", "fsdp", "expert", "context"])

@@ -85,9 +85,8 @@ def plain(model: Qwen3) -> Qwen3:
 
 
 def loss_of(model: Qwen3, batch: Batch) -> jax.Array:
-    out = model(batch.tokens, segment_ids=batch.segment_ids, remat="full", output="hidden")
-    losses, _ = model.losses(out.hidden, batch.labels)
-    return (losses * batch.mask).sum() / batch.mask.sum()
+    out = model(batch.tokens, segment_ids=batch.segment_ids, labels=batch.labels, remat="full", output="hidden")
+    return (out.losses * batch.mask).sum() / batch.mask.sum()
 
 
 def factors_gradient(model: Qwen3, batch: Batch, made=lambda model: model):
