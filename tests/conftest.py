@@ -1,6 +1,9 @@
 """What every test runs under: eight CPU devices, flax's coming defaults, exact float32 products, shapes and types checked."""
 
 import os
+import signal
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Eight devices, for meshes; whatever names none runs on the first.
@@ -20,3 +23,11 @@ _HOOK = jaxtyping.install_import_hook(["qwen3_jax", "pallas_kernels"], "tests.ty
 import jax  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, here and in children, also where the suite was started with it ignored (nohup, &)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -99,8 +99,7 @@ def models(devices: list[jax.Device]) -> Iterator[Program]:
 
     def gradient(model, tokens):
         def loss(model):
-            out = model(tokens, segment_ids=tokens, remat="full", output="hidden")
-            return model.losses(out.hidden, tokens)[0].mean()
+            return model(tokens, segment_ids=tokens, labels=tokens, remat="full", output="hidden").losses.mean()
 
         return jax.grad(loss)(model)
 

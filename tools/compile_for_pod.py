@@ -2,7 +2,8 @@ r"""Compile a model's training step, prefill or decode for a pod that is not her
 
     .venv/bin/python tools/compile_for_pod.py qwen3-30b-a3b --topology v5p:2x2x4 --mesh expert=16 --batch 64 --seq 4096
 
-Training is compiled under TRAIN_RULES, prefill and decode under RULES; `--rule embed=fsdp` puts another row in place.
+Training, of adapters too, is compiled under TRAIN_RULES, prefill and decode under RULES; `--rule embed=fsdp` puts another row
+in place.
 
 `--buffers 20` lists the largest arrays at the moment when memory is fullest, with where they come from; `--memory-only` ends
 when the compiler has placed all buffers, after about a tenth of the time of a whole compilation.
@@ -36,7 +37,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--topology", default="v5p:2x2x4", help="CHIP:SHAPE, as v5p:4x4x4")
     parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--mesh", default="fsdp=-1")
-    parser.add_argument("--mode", default="train", choices=("train", "prefill", "decode"))
+    parser.add_argument("--mode", default="train", choices=("train", "lora", "prefill", "decode"))
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters in lora")
     parser.add_argument("--batch", type=int, default=64, help="rows of the whole pod")
     parser.add_argument("--seq", type=int, default=4096, help="tokens of a row; the cache's slots in decode")
     parser.add_argument("--layers", type=int, help="this many of the model's layers")
@@ -46,6 +48,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--slack", type=float, help="of the experts' buffers, in multiples of an even load")
     parser.add_argument("--yarn", type=float, help="stretch positions by this factor")
     parser.add_argument("--buffers", type=int, default=0, metavar="N", help="list the N largest buffers at the peak")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="write the compiled program's text, for tools/show_hbm.py")
     parser.add_argument("--memory-only", action="store_true", help="stop when buffers are placed")
     parser.add_argument("--dump", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -98,12 +101,12 @@ def _compile(given: argparse.Namespace, folder: Path | None, start: float) -> in
         original = config.max_position_embeddings
         scaling = RopeScaling(kind="yarn", factor=given.yarn, original_max_position_embeddings=original)
         config = dataclasses.replace(config, rope_scaling=scaling, max_position_embeddings=int(original * given.yarn))
-    rules = (TRAIN_RULES if given.mode == "train" else RULES).replace_rows(given.rule)
+    rules = (TRAIN_RULES if given.mode in ("train", "lora") else RULES).replace_rows(given.rule)
     slack = {} if given.slack is None else {"slack": given.slack}
     rules = dataclasses.replace(rules, dispatch=dataclasses.replace(rules.dispatch, transport=given.transport, **slack))
     topology = parse_topology(given.topology, given.slices)
     mesh = make_mesh(given.mesh, slices=given.slices, devices=devices_of(topology))
-    job = Job(config, given.mode, given.batch, given.seq, given.remat)
+    job = Job(config, given.mode, given.batch, given.seq, given.remat, given.rank)
 
     tracing = time.perf_counter()
     made = lowered(job, mesh, rules)
@@ -115,6 +118,8 @@ def _compile(given: argparse.Namespace, folder: Path | None, start: float) -> in
         return 1
     end = time.perf_counter()
 
+    if given.text is not None:
+        given.text.write_text(compiled.as_text() or "")
     memory = compiled.memory_analysis()
     if memory is None:
         raise RuntimeError("this compiler does not say how much memory a program takes")

@@ -1,6 +1,8 @@
 """Attention over blocks of queries, so that the scores of all queries are never in memory at once."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,33 +79,26 @@ def attention(
     return jnp.moveaxis(out, 0, 1).reshape(batch, count * block, *q.shape[2:])[:, :length]
 
 
-def forward(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    q_segments: Int32[Array, "B T"],
-    k_segments: Int32[Array, "B S"],
-    q_slots: Int32[Array, "B T"],
-    window: int | None,
-    scale: float,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Computes attention; what a kernel keeps of the softmax beside it is not known here, and not needed.
+def keeping_nothing(attention: Callable[..., Array]) -> Callable[..., tuple[Array, Array]]:
+    """Gives the forward pass of an implementation whose backward pass makes again what it needs of the softmax.
 
     Args:
-        q: queries.
-        k: keys.
-        v: values.
-        q_segments: document of each query, 0 for padding.
-        k_segments: document of each key slot, 0 for padding.
-        q_slots: the key slot of each query.
-        window: number of slots a query sees, or None.
-        scale: factor of the scores.
+        attention: takes what `attention` of this file takes, without max_scores.
 
     Returns:
-        As `attention`; and zeros.
+        A function of the same arguments; it gives what `attention` does, [B, T, N, H], and zeros [B, N, T] in float32 in place
+        of the normaliser that a kernel would keep.
     """
-    out = attention(q, k, v, q_segments, k_segments, q_slots, window, scale)
-    return out, jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
+
+    def forward(
+        q: Float[Array, "B T N H"], *rest: Any, **options: Any
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+        return attention(q, *rest, **options), jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
+
+    return forward
+
+
+forward = keeping_nothing(attention)
 
 
 def backward(

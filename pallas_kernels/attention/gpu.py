@@ -104,33 +104,7 @@ def attention(
     return _joined(out, q.shape[1])
 
 
-def forward(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    q_segments: Int32[Array, "B T"],
-    k_segments: Int32[Array, "B S"],
-    q_slots: Int32[Array, "B T"],
-    window: int | None,
-    scale: float,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Computes attention; `backward` makes again what it needs of the softmax.
-
-    Args:
-        q: as of `attention`, like all the others.
-        k: keys.
-        v: values.
-        q_segments: document of each query.
-        k_segments: document of each key slot.
-        q_slots: the key slot of each query.
-        window: number of slots a query sees, or None.
-        scale: factor of the scores.
-
-    Returns:
-        As `attention`; and zeros.
-    """
-    out = attention(q, k, v, q_segments, k_segments, q_slots, window, scale)
-    return out, jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
+forward = blocked.keeping_nothing(attention)
 
 
 def backward(

@@ -5,7 +5,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.checks import check_float, check_int32, check_rank, check_shape
@@ -82,21 +81,22 @@ def _differentiable(lhs, rhs, group_sizes, layer, transpose_rhs, implementation)
 
 
 def _forward(lhs, rhs, group_sizes, layer, transpose_rhs, implementation):
-    out = batching.grouped_matmul(lhs, rhs, group_sizes, layer, transpose_rhs, implementation)
-    return out, (lhs, rhs, group_sizes, layer)
+    layer = None if layer is None else layer.value
+    out = batching.grouped_matmul(lhs.value, rhs.value, group_sizes.value, layer, transpose_rhs, implementation)
+    # Of matrices that nobody differentiates no gradient is made, and rows are kept for nothing else.
+    return out, (lhs.value if rhs.perturbed else None, rhs.value, group_sizes.value, layer)
 
 
 def _backward(transpose_rhs, implementation, kept, d_out):
     lhs, rhs, group_sizes, layer = kept
+    d_rhs = None
     d_lhs = batching.grouped_matmul(d_out, rhs, group_sizes, layer, not transpose_rhs, implementation)
-    left, right = (d_out, lhs) if transpose_rhs else (lhs, d_out)
-    d_rhs = batching.grouped_outer(left, right, group_sizes, rhs.dtype, implementation)
-    if layer is not None:
-        d_rhs = jax.lax.dynamic_update_index_in_dim(jnp.zeros(rhs.shape, rhs.dtype), d_rhs, layer, 0)
-    # Integers have no tangent; float0 is how jax writes that.
-    d_sizes = np.zeros(group_sizes.shape, jax.dtypes.float0)
-    d_layer = None if layer is None else np.zeros((), jax.dtypes.float0)
-    return d_lhs, d_rhs, d_sizes, d_layer
+    if lhs is not None:
+        left, right = (d_out, lhs) if transpose_rhs else (lhs, d_out)
+        d_rhs = batching.grouped_outer(left, right, group_sizes, rhs.dtype, implementation)
+        if layer is not None:
+            d_rhs = jax.lax.dynamic_update_index_in_dim(jnp.zeros(rhs.shape, rhs.dtype), d_rhs, layer, 0)
+    return d_lhs, d_rhs, None, None
 
 
-_differentiable.defvjp(_forward, _backward)
+_differentiable.defvjp(_forward, _backward, symbolic_zeros=True)

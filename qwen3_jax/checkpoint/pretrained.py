@@ -21,7 +21,7 @@ from qwen3_jax.checkpoint.hf import check_hf_dtypes, check_shard_bytes, hf_order
 from qwen3_jax.checkpoint.hub import local_folder
 from qwen3_jax.checkpoint.names import Slot, slots, stacked_shape
 from qwen3_jax.checkpoint.opening import open_weights
-from qwen3_jax.checkpoint.reading import system_errors
+from qwen3_jax.checkpoint.reading import CheckpointError, system_errors
 from qwen3_jax.checkpoint.sharded import load, save
 from qwen3_jax.checkpoint.store import chunk_files, create_store, write_store
 from qwen3_jax.checkpoint.tensor import Box, Place
@@ -149,7 +149,7 @@ def save_pretrained(
     files are the same to the byte as those of one device.
 
     Args:
-        model: any Qwen3.
+        model: any Qwen3 without adapters.
         folder: where; parents are made.
         tokenizer: writes its own files beside the weights.
         dtype: bfloat16, float16 or float32; None is each parameter's own.
@@ -159,10 +159,12 @@ def save_pretrained(
 
     Raises:
         CheckpointError: the destination is not empty or cannot be replaced, its disk too small, or an argument refused; another
-            process of the mesh has failed.
+            process of the mesh has failed; the model has adapters.
     """
     check_form(to)
     check_shard_bytes(max_shard_bytes)
+    if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
+        raise CheckpointError("the model has adapters, for which a checkpoint has no place: accepted is `merge(model)`")
     folder, mesh = Path(folder), mesh_of(model)
     team, weights = team_of(mesh), in_memory(model)
     dtypes = weights.dtypes if dtype is None else dict.fromkeys(weights.dtypes, float_dtype("dtype", dtype))

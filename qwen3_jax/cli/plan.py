@@ -26,7 +26,9 @@ class Options:
     seq: int
     """Tokens of a row; in decode the cache's slots."""
     mode: Literal["train", "lora", "prefill", "decode"] = "train"
-    """What is done with the model."""
+    """What is done with the model; lora trains adapters on every matrix of attention, MLPs and experts."""
+    rank: int = 16
+    """Of the adapters, in mode lora."""
     mesh: tuple[str, ...] = ()
     """Meshes to compile, "fsdp=8,expert=2", in place of the most promising ones."""
     rule: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -76,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
     folder = Path(options.model)
     config = Qwen3Config.from_hf(folder) if folder.is_dir() else Qwen3Config.preset(options.model)
-    job = Job(config, options.mode, options.batch, options.seq, options.remat)
+    job = Job(config, options.mode, options.batch, options.seq, options.remat, options.rank)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.width = max(console.width, WIDEST)  # rows that a narrow terminal breaks are better than figures cut off
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int, Key
 
 from qwen3_jax.generation.budget import UNLIMITED, ThinkingBudget, budget_rule, budget_tokens
@@ -17,7 +17,7 @@ from qwen3_jax.generation.sample import Sampling, broadcast
 from qwen3_jax.generation.values import check_ids, integers, known
 from qwen3_jax.model.cache import Cache
 from qwen3_jax.model.transformer import Qwen3
-from qwen3_jax.parallel.mesh import mesh_of, said
+from qwen3_jax.parallel.mesh import mesh_of, on_mesh_of, said
 
 LogitsHook = Callable[[Float[Array, "B V"], Int[Array, "B N"], Int[Array, ""]], Float[Array, "B V"]]
 
@@ -185,7 +185,7 @@ def check_cache(model: Qwen3, cache: Any, batch: int) -> None:
     """Refuse what is no cache of so many rows of that model.
 
     Args:
-        model: whose cache it should be; its mesh is set.
+        model: whose cache it should be.
         cache: anything.
         batch: prompts.
 
@@ -199,7 +199,9 @@ def check_cache(model: Qwen3, cache: Any, batch: int) -> None:
         raise ValueError(f"cache lies on {_said(place)} and the model on {_said(home)}: accepted is one place for both")
     config = model.config
     layers, rows, heads, _, width = cache.k.shape
-    if rows not in (batch, padded_rows(batch)):
+    with on_mesh_of(model):
+        padded = padded_rows(batch)
+    if rows not in (batch, padded):
         raise ValueError(f"cache has {rows} rows, tokens {batch}: accepted are as many")
     found, wanted = (layers, heads, width), (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
     if found != wanted:
@@ -210,7 +212,7 @@ def beside(model: Qwen3, tree: Any) -> Any:
     """Arguments whose arrays lie elsewhere than the model, brought to it; on a mesh whole to every device.
 
     Args:
-        model: any Qwen3.
+        model: any Qwen3. On a mesh of several processes each of them gives the same arguments.
         tree: a pytree; what is no array, or is traced, stays as it is.
 
     Returns:
@@ -223,10 +225,19 @@ def beside(model: Qwen3, tree: Any) -> Any:
         if home is None or place is None or home == place:
             return x
         # Put on a plain device, an array from a mesh would keep the mesh in its type.
-        whole = NamedSharding(home, PartitionSpec()) if isinstance(home, Mesh) else SingleDeviceSharding(home)
-        return jax.device_put(x, whole)
+        if not isinstance(home, Mesh):
+            return jax.device_put(x, SingleDeviceSharding(home))
+        whole = NamedSharding(home, PartitionSpec())
+        return jax.device_put(x, whole) if whole.is_fully_addressable else _put_by_all(x, whole)
 
     return jax.tree.map(brought, tree)
+
+
+def _put_by_all(x: jax.Array, whole: Sharding) -> jax.Array:
+    """An array of each of several processes, on a mesh of them all; jax compares its values, which must be the same."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put_by_all(jax.random.key_data(x), whole), impl=jax.random.key_impl(x))
+    return jax.device_put(np.asarray(x), whole)
 
 
 def _home(tree: Any) -> Mesh | jax.Device | None:

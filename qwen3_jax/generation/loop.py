@@ -87,22 +87,25 @@ def generate(
     new, samples = count("max_new_tokens", max_new_tokens, 1), count("samples", samples, 1)
     logprobs = count("logprobs", logprobs, 0, model.config.vocab_size)
     cache_len = None if cache_len is None else count("cache_len", cache_len, 1)
-    with on_mesh_of(model), use_rules(model.rules):
-        given = (tokens, lengths, sampling, key, stop_tokens, thinking, logits_hook)
-        tokens, lengths, sampling, key, stop_tokens, thinking, logits_hook = beside(model, given)
-        prompts, ends = checked_prompts(tokens, lengths, model.config.vocab_size)
-        batch = prompts.shape[0]
-        if cache is not None:
-            check_cache(model, cache, batch)
-        prompts, room, capacity = fitted(prompts, new, cache, cache_len)
-        settings = make_settings(model, batch * samples, sampling, key, stop_tokens, thinking, logits_hook, new, room)
+    with use_rules(model.rules):
+        with on_mesh_of(model, by_shape=False):
+            given = (tokens, lengths, sampling, key, stop_tokens, thinking, logits_hook)
+            tokens, lengths, sampling, key, stop_tokens, thinking, logits_hook = beside(model, given)
+            prompts, ends = checked_prompts(tokens, lengths, model.config.vocab_size)
+            batch = prompts.shape[0]
+            if cache is not None:
+                check_cache(model, cache, batch)
+            prompts, room, capacity = fitted(prompts, new, cache, cache_len)
+            settings = make_settings(model, batch * samples, sampling, key, stop_tokens, thinking, logits_hook, new, room)
         slots = bucket(new)
-        layers = views(model) if on_cpu(model) else None
-        unstacked = layers is None and on_cpu(model)
-        out = _generate(model, layers, prompts, ends, cache, settings, slots, capacity, logprobs, samples, unstacked)
+        with on_mesh_of(model):
+            layers = views(model) if on_cpu(model) else None
+            unstacked = layers is None and on_cpu(model)
+            out = _generate(model, layers, prompts, ends, cache, settings, slots, capacity, logprobs, samples, unstacked)
         if slots == new:
             return out
-        cut = {name: getattr(out, name)[:, :new] for name in ("tokens", "logprobs", "top_tokens", "top_logprobs")}
+        with on_mesh_of(model, by_shape=False):
+            cut = {name: getattr(out, name)[:, :new] for name in ("tokens", "logprobs", "top_tokens", "top_logprobs")}
         return dataclasses.replace(out, **cut)
 
 

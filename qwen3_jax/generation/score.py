@@ -46,9 +46,8 @@ def _score(model: Qwen3, tokens: jax.Array, segment_ids: jax.Array | None) -> ja
             segments = jnp.ones_like(tokens)
         padded = jnp.pad(tokens, more)
         padding = None if segments is None else jnp.pad(segments, more)
-        hidden = model(padded, segment_ids=padding, output="hidden").hidden
-        losses, _ = model.losses(hidden, jnp.roll(padded, -1, axis=1))
-        scores = -whole(losses)[:batch, : length - 1]
+        out = model(padded, segment_ids=padding, labels=jnp.roll(padded, -1, axis=1), output="hidden")
+        scores = -whole(out.losses)[:batch, : length - 1]
         if segments is not None:
             follows = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
             scores = jnp.where(follows, scores, 0.0)

@@ -10,7 +10,9 @@ import numpy as np
 
 def known(given: Any) -> np.ndarray | None:
     """The values of an argument; None where they are traced, or lie on another host."""
-    if isinstance(given, jax.core.Tracer) or (isinstance(given, jax.Array) and not given.is_fully_addressable):
+    if isinstance(given, jax.core.Tracer):
+        return None
+    if isinstance(given, jax.Array) and not (given.is_fully_addressable or given.is_fully_replicated):
         return None
     try:
         return np.asarray(given)

@@ -1,5 +1,7 @@
 """The model without its memory: shapes, dtypes and axes, for lowering, restoring and converting."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,6 +20,7 @@ def abstract_model(
     rules: Rules = RULES,
     dtype: DTypeLike = jnp.bfloat16,
     param_dtype: DTypeLike = jnp.float32,
+    adapt: Callable[[Qwen3], Qwen3] | None = None,
 ) -> Qwen3:
     """A Qwen3 whose every parameter is a jax.ShapeDtypeStruct.
 
@@ -30,6 +33,7 @@ def abstract_model(
         rules: which mesh axes split what.
         dtype: compute dtype.
         param_dtype: storage dtype.
+        adapt: what is done to the model then: a LoraConfig attaches its adapters.
 
     Returns:
         The module; each parameter keeps its logical axis names in its `out_sharding` metadata.
@@ -39,7 +43,8 @@ def abstract_model(
     """
 
     def init() -> Qwen3:
-        return Qwen3(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype, rules=rules)
+        model = Qwen3(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype, rules=rules)
+        return model if adapt is None else adapt(model)
 
     if mesh is None:
         return jax.eval_shape(init)

@@ -15,7 +15,10 @@ from qwen3_jax.parallel.rules import cast_in_place, placed, spec
 
 
 class Projection(nnx.Module):
-    """A linear map whose weight lies `[out..., in...]` as on the hub, with an optional bias over the out axes."""
+    """A linear map whose weight lies `[out..., in...]` as on the hub, with an optional bias over the out axes.
+
+    `lora` is None, or the Adapter that qwen3_jax.tune.lora attaches.
+    """
 
     def __init__(
         self,
@@ -33,17 +36,28 @@ class Projection(nnx.Module):
         self.axes = tuple(None if axis == "embed" else axis for axis in axes)
         self.weight = normal_param(key, shape, axes, stddev=stddev, dtype=param_dtype)
         self.bias = nnx.data(None if bias_axes is None else constant_param(0.0, shape[:outputs], bias_axes, param_dtype))
+        self.lora = nnx.data(None)
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
         """The product in x's dtype, plus the bias; the weight's in axes are the last axes of x, its out axes those of y."""
-        weight = placed(cast_in_place(self.weight[...], x.dtype), *self.axes)
-        out, inner = weight.shape[: self.outputs], weight.shape[self.outputs :]
-        # As a plain matrix: with more axes XLA:CPU multiplies vectors at 2 GB/s of weights instead of 28.
-        matrix = weight.reshape(math.prod(out), math.prod(inner))
-        batch = x.shape[: x.ndim - len(inner)]
-        merged = spec("batch", "seq", self.axes[0])
-        y = pallas_kernels.rows_matmul(x.reshape(*batch, -1), matrix, out_sharding=merged).reshape(*batch, *out)
-        return y if self.bias is None else y + placed(self.bias[...].astype(x.dtype), *self.axes[: self.outputs])
+        out, inner = self.axes[: self.outputs], self.axes[self.outputs :]
+        y = _product(x, self.weight[...], (out, inner))
+        if self.lora is not None:
+            low = _product(x, self.lora.a[...], (("rank",), inner))
+            y = y + self.lora.scale * _product(low, self.lora.b[...], (out, ("rank",)))
+        return y if self.bias is None else y + placed(self.bias[...].astype(x.dtype), *out)
+
+
+def _product(x: Float[Array, "B T ..."], weight: Float[Array, "..."], axes: tuple[tuple[str | None, ...], ...]) -> Array:
+    """x, whose last axes are the weight's in axes, times the weight, split along its out and in axes as these say."""
+    out_axes, in_axes = axes
+    weight = placed(cast_in_place(weight, x.dtype), *out_axes, *in_axes)
+    out, inner = weight.shape[: len(out_axes)], weight.shape[len(out_axes) :]
+    # As a plain matrix: with more axes XLA:CPU multiplies vectors at 2 GB/s of weights instead of 28.
+    matrix = weight.reshape(math.prod(out), math.prod(inner))
+    batch = x.shape[: x.ndim - len(inner)]
+    merged = spec("batch", "seq", out_axes[0])
+    return pallas_kernels.rows_matmul(x.reshape(*batch, -1), matrix, out_sharding=merged).reshape(*batch, *out)
 
 
 class MLP(nnx.Module):

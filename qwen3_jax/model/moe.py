@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.mlp import Projection
 from qwen3_jax.model.param import ExpertParam, normal_param
+from qwen3_jax.parallel.expert_weights import Adapted
 from qwen3_jax.parallel.experts import apply_experts
 
 
@@ -37,7 +38,8 @@ class MoE(nnx.Module):
     """Router and experts. Expert weights are [E, F, D] (gate, up) and [E, D, F] (down), as on the hub.
 
     `gate`, `up` and `down` may also hold the stack of all layers, [L, E, ...]: the call then names its layer, and the grouped
-    matmul reads that layer's experts where they lie.
+    matmul reads that layer's experts where they lie. `gate_lora`, `up_lora` and `down_lora` are None, or the Adapters that
+    qwen3_jax.tune.lora attaches: a pair per expert.
     """
 
     def __init__(self, config: Qwen3Config, key: jax.Array, *, param_dtype: DTypeLike):
@@ -54,6 +56,7 @@ class MoE(nnx.Module):
         self.gate = experts(keys[1], (e, f, d), ("experts", "mlp", "embed"))
         self.up = experts(keys[2], (e, f, d), ("experts", "mlp", "embed"))
         self.down = experts(keys[3], (e, d, f), ("experts", "embed", "mlp"))
+        self.gate_lora, self.up_lora, self.down_lora = nnx.data(None), nnx.data(None), nnx.data(None)
 
     def __call__(
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], layer: Int[Array, ""] | int | None = None
@@ -73,7 +76,7 @@ class MoE(nnx.Module):
         # Comparisons and sums rather than a scatter, whose result no mesh could split.
         hits = (experts[..., None] == jnp.arange(logits.shape[-1])).sum(axis=-2)
         counts, sums = ((x * real[..., None]).sum(axis=1, dtype=jnp.float32) for x in (hits, probabilities))
-        matrices = (self.gate[...], self.up[...], self.down[...])
+        matrices = (_matrix(self.gate, self.gate_lora), _matrix(self.up, self.up_lora), _matrix(self.down, self.down_lora))
         out, dropped = apply_experts(matrices, x, weights, experts, layer if self.gate.ndim == 4 else None)
         return out, Routed(logits, dropped, counts, sums)
 
@@ -87,3 +90,8 @@ class MoE(nnx.Module):
         if self.normalise:
             weights = weights / weights.sum(-1, keepdims=True)
         return probabilities, weights, experts
+
+
+def _matrix(weight: nnx.Param, lora: Any) -> Any:
+    """A matrix as the dispatch takes it."""
+    return weight[...] if lora is None else Adapted(weight[...], lora.a[...], lora.b[...], lora.scale)

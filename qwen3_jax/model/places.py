@@ -61,29 +61,39 @@ def spread(
     places, rows = by_rows(run, tokens, positions, segment_ids, slim)
     if meshless():
         return tokens, places, rows
-    parts = active_rules().shards("seq", jax.sharding.get_abstract_mesh())
-
-    def along(x: Array) -> Array:
-        """Split along the sequence."""
-        x = zigzag(x, 1, parts) if parts > 1 else x
-        return placed(x, "batch", "seq", *[None] * (x.ndim - 2))
-
     places = dataclasses.replace(
         places,
-        cos=along(places.cos),
-        sin=along(places.sin),
-        slots=along(places.slots),
-        segments=along(places.segments),
-        key_segments=along(places.key_segments),
+        cos=in_shard_order(places.cos),
+        sin=in_shard_order(places.sin),
+        slots=in_shard_order(places.slots),
+        segments=in_shard_order(places.segments),
+        key_segments=in_shard_order(places.key_segments),
     )
-    return along(placed(tokens, "batch", None)), places, rows
+    return in_shard_order(tokens), places, rows
+
+
+def in_shard_order(x: Array) -> Array:
+    """What a call is given of its tokens, [B, T, ...], laid out as its activations are, in the order of `zigzag`.
+
+    Args:
+        x: in the order of the text.
+
+    Returns:
+        x itself where no mesh is set.
+    """
+    if meshless():
+        return x
+    parts = active_rules().shards("seq", jax.sharding.get_abstract_mesh())
+    rest = [None] * (x.ndim - 2)
+    x = placed(x, "batch", None, *rest)
+    return placed(zigzag(x, 1, parts) if parts > 1 else x, "batch", "seq", *rest)
 
 
 def in_text_order(x: Array, axis: int) -> Array:
     """An activation [..., B, T, n] of a call, whose sequence axis is this one, in the order of the text.
 
     Args:
-        x: in the order that `spread` gives tokens.
+        x: in the order of `in_shard_order`.
         axis: the sequence's; the batch's is the one before.
 
     Returns:

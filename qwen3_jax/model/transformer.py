@@ -20,7 +20,7 @@ from qwen3_jax.model.embed import Embed
 from qwen3_jax.model.moe import Routed
 from qwen3_jax.model.norm import RMSNorm
 from qwen3_jax.model.param import ExpertParam
-from qwen3_jax.model.places import in_text_order, spread
+from qwen3_jax.model.places import in_shard_order, in_text_order, spread
 from qwen3_jax.model.remat import rematerialised
 from qwen3_jax.parallel.fit import check_batch, fitted
 from qwen3_jax.parallel.rules import RULES, Rules, meshless, placed, use_rules
@@ -43,6 +43,8 @@ class Output:
         counts: [L_moe, B, E] float32, how many of each row's real tokens chose each expert.
         probabilities: [L_moe, B, E] float32, sums over them of the router's probabilities. Training reads these two: router
             logits of all layers, which a program that does not ask for them never holds, would be one of its larger arrays.
+        losses: [B, T] float32, negative log-probability of each label, or None when no labels were given.
+        normaliser: [B, T] float32, log of the normaliser of each softmax over words, or None.
     """
 
     logits: Any
@@ -52,6 +54,8 @@ class Output:
     dropped: Any
     counts: Any
     probabilities: Any
+    losses: Any
+    normaliser: Any
 
 
 @jax.tree_util.register_dataclass
@@ -137,6 +141,7 @@ class Qwen3(nnx.Module):
         cache: Cache | None = None,
         output: Literal["logits", "hidden"] = "logits",
         *,
+        labels: Int[Array, "B T"] | None = None,
         fresh: bool = False,
         remat: str = "none",
         layers: Sequence[Layer] | None = None,
@@ -153,29 +158,32 @@ class Qwen3(nnx.Module):
                 stands just past its last token that is not padding. There must be room for all of these: under jit, where
                 lengths are not known, tokens past a row's last slot are dropped from the cache.
             output: "hidden" leaves the logits out.
+            labels: the word that follows each token: asks for the losses, for which never more than a block of tokens' logits
+                are in memory. A negative label's loss should not be counted.
             fresh: the cache is empty: attention then reads the call's own keys, T instead of the cache's S.
             remat: what the backward pass keeps (qwen3_jax.model.remat).
             layers: the layers one by one instead of this model's stacks (qwen3_jax.generation.unstack makes them).
 
         Returns:
-            Logits, hidden states, router logits and cache.
+            Logits, hidden states, router logits, cache and losses.
 
         Raises:
             ValueError: inputs of wrong rank, dtype or shape, a cache with too few slots, an unknown output or policy.
         """
-        _check_inputs(self.config, tokens, positions, segment_ids, cache, output, fresh)
+        _check_inputs(self.config, tokens, positions, segment_ids, labels, cache, output, fresh)
         # A call with a cache keeps sequences whole: one token is not split.
         rules = self.rules if cache is None else self.rules.replace(seq=None)
         with use_rules(rules):
             if not meshless():
                 check_batch(rules, jax.sharding.get_abstract_mesh(), *tokens.shape)
-            return self._run(tokens, positions, segment_ids, cache, output, fresh, remat, layers)
+            return self._run(tokens, positions, segment_ids, labels, cache, output, fresh, remat, layers)
 
     def _run(
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None,
         segment_ids: Int[Array, "B T"] | None,
+        labels: Int[Array, "B T"] | None,
         cache: Cache | None,
         output: str,
         fresh: bool,
@@ -192,7 +200,13 @@ class Qwen3(nnx.Module):
             carry, routed = _layers(blocks, carry, places, range(len(layers)), repeats)
             routed = [] if routed is None else [routed]
         x, key_values = carry
-        hidden = in_text_order(self.norm(x), axis=1)
+        x = self.norm(x)
+        losses = normaliser = None
+        if labels is not None:
+            # In the shards' order: two numbers of each token are brought into the text's instead of all of its state.
+            found = jnp.stack(self._head.losses(x, in_shard_order(labels)))
+            losses, normaliser = in_text_order(found, axis=2)
+        hidden = in_text_order(x, axis=1)
         batch, length = tokens.shape
         router, dropped = jnp.zeros((0, batch, length, self.config.num_experts), jnp.float32), jnp.zeros(0, jnp.int32)
         counts = probabilities = router[:, :, 0]
@@ -211,6 +225,8 @@ class Qwen3(nnx.Module):
             dropped=dropped,
             counts=counts,
             probabilities=probabilities,
+            losses=losses,
+            normaliser=normaliser,
         )
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -220,21 +236,6 @@ class Qwen3(nnx.Module):
         with use_rules(self.rules.replace(seq=None)):
             rows = placed(hidden.reshape(hidden.shape[0], -1, hidden.shape[-1]), "batch", None, None)
             return self._head.logits(rows).reshape(*hidden.shape[:-1], -1)
-
-    def losses(
-        self, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"]
-    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-        """What training needs of the logits, of which never more than a block of tokens' are in memory.
-
-        Args:
-            hidden: states that the final norm has passed.
-            labels: the word that follows each; a negative one's loss should not be counted.
-
-        Returns:
-            Float32 negative log-probability of each label, and log of each softmax's normaliser.
-        """
-        with use_rules(self.rules):
-            return self._head.losses(hidden, placed(labels, "batch", "seq"))
 
     @property
     def _head(self) -> Embed:
@@ -288,13 +289,14 @@ def _check_inputs(
     tokens: jax.Array,
     positions: jax.Array | None,
     segment_ids: jax.Array | None,
+    labels: jax.Array | None,
     cache: Cache | None,
     output: str,
     fresh: bool,
 ) -> None:
     if output not in ("logits", "hidden"):
         raise ValueError(f"output={output!r}: accepted are 'logits' and 'hidden'")
-    for name, array in (("tokens", tokens), ("positions", positions), ("segment_ids", segment_ids)):
+    for name, array in dict(tokens=tokens, positions=positions, segment_ids=segment_ids, labels=labels).items():
         if array is None:
             continue
         if not isinstance(array, jax.Array | np.ndarray):

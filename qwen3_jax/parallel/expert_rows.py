@@ -13,9 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
+from qwen3_jax.parallel.expert_weights import Adapted, Weights
 
-Weights = tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]  # gate, up [E, F, D], down [E, D, F]
-
+Sums = list[Any]  # for each array of the weights a sum, or None
 WIDENED = 2**26  # bytes of rows that may be widened at once: 64 MiB
 
 
@@ -38,7 +38,7 @@ def local_experts(
     Returns:
         [M, D] in x's dtype, summed in float32.
     """
-    order, sizes = _sorted(ids, weights[0].shape[-3])
+    order, sizes = _sorted(ids, _count(weights))
     out = _products(weights, x[order // ids.shape[1]], sizes, layer)
     places = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
     out = out[places].reshape(*ids.shape, x.shape[1])
@@ -74,7 +74,7 @@ def visit(
         return window.added(total, out, window.weights(routing).astype(x.dtype))
 
     total = jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
-    total, done = _windows(ids, weights[0].shape[-3], capacity, rounds, one, total)
+    total, done = _windows(ids, _count(weights), capacity, rounds, one, total)
     return total.astype(x.dtype), done
 
 
@@ -84,10 +84,10 @@ def visit_back(
     routing: Float[Array, "M k"],
     ids: Int[Array, "M k"],
     d_out: Float[Array, "M D"],
-    d_weights: Weights,
+    d_weights: Sums,
     capacity: int,
     rounds: int | None = None,
-) -> tuple[Weights, Float[Array, "M D"], Float[Array, "M k"]]:
+) -> tuple[Sums, Float[Array, "M D"], Float[Array, "M k"]]:
     """The derivative of `visit`, which recomputes what it needs from the sorted inputs.
 
     Args:
@@ -96,30 +96,34 @@ def visit_back(
         routing: weight of each of a token's experts.
         ids: as `visit`.
         d_out: cotangent of the sums.
-        d_weights: sums so far of the weights' gradients; each round's own, in the weights' dtype, is added.
+        d_weights: for each array of the weights the sum so far of its gradient, to which each round's own, in the weights'
+            dtype, is added; None for one whose gradient is not wanted.
         capacity: as `visit`.
         rounds: as `visit`.
 
     Returns:
         The weights' gradients, and those of x and routing in float32.
     """
+    arrays, tree = jax.tree.flatten(weights)
+    wanted = [None if total is None else array for array, total in zip(arrays, d_weights, strict=True)]
 
     def one(window: Window, sums: Any) -> Any:
         d_weights, d_x, d_routing = sums
         rows, weight = window.rows(x), window.weights(routing).astype(x.dtype)
 
-        def products(weights: Weights, rows: Any, weight: Any) -> Any:
+        def products(wanted: list[Any], rows: Any, weight: Any) -> Any:
+            weights = tree.unflatten(array if part is None else part for array, part in zip(arrays, wanted, strict=True))
             # Weighted before the last product rather than behind it: its derivative then does not want that product.
             return _products(weights, rows, window.sizes, None, weight)
 
-        _, pull = jax.vjp(products, weights, rows, weight)
+        _, pull = jax.vjp(products, wanted, rows, weight)
         more, d_rows, d_weight = pull(window.rows(d_out))
         d_weights = jax.tree.map(lambda total, part: total + part.astype(total.dtype), d_weights, more)
         return d_weights, window.added(d_x, d_rows), window.added_weights(d_routing, d_weight)
 
     wide = jnp.promote_types(x.dtype, jnp.float32)
     sums = (d_weights, jnp.zeros(x.shape, wide), jnp.zeros(routing.shape, wide))
-    return _windows(ids, weights[0].shape[-3], capacity, rounds, one, sums)[0]
+    return _windows(ids, _count(weights), capacity, rounds, one, sums)[0]
 
 
 class Window:
@@ -207,14 +211,29 @@ def _sorted(ids: Int[Array, "M k"], experts: int) -> tuple[Int[Array, "R"], Int[
     return order.astype(jnp.int32), sizes
 
 
+def _count(weights: Weights) -> int:
+    """How many experts there are."""
+    return jax.tree.leaves(weights)[0].shape[-3]
+
+
 def _products(
     weights: Weights, rows: Float[Array, "R D"], sizes: Int[Array, " E"], layer: Any, weight: Float[Array, " R"] | None = None
 ) -> Float[Array, "R D"]:
     """Each row through its expert, its hidden states times a weight of its own if there is one."""
 
-    def grouped(rows: Float[Array, "R _"], weight: Float[Array, "..."]) -> Float[Array, "R _"]:
+    def product(rows: Float[Array, "R _"], weight: Float[Array, "..."]) -> Float[Array, "R _"]:
         stack_layer = layer if weight.ndim == 4 else None
         return pallas_kernels.grouped_matmul(rows, weight, sizes, layer=stack_layer, transpose_rhs=True)
+
+    def grouped(rows: Float[Array, "R _"], matrix: Any) -> Float[Array, "R _"]:
+        if not isinstance(matrix, Adapted):
+            return product(rows, matrix)
+        low = product(rows, matrix.a)
+        if matrix.b.ndim == 4:
+            return product(rows, matrix.weight) + matrix.scale * product(low, matrix.b)
+        # With the rank before the last axis, as a TPU lays out the array anyway: as the last one it would be padded to 128.
+        b = matrix.b.swapaxes(1, 2)
+        return product(rows, matrix.weight) + matrix.scale * pallas_kernels.grouped_matmul(low, b, sizes)
 
     gate, up, down = weights
     gated = checkpoint_name(grouped(rows, gate), "moe_gate")

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -25,12 +26,12 @@ import pallas_kernels
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.parallel import transports
 from qwen3_jax.parallel.dispatch import Choice, Work, choose, speeds_of
-from qwen3_jax.parallel.expert_rows import Weights, local_experts, visit, visit_back
+from qwen3_jax.parallel.expert_rows import Sums, local_experts, visit, visit_back
+from qwen3_jax.parallel.expert_weights import WEIGHT_AXES, Weights, array_axes
 from qwen3_jax.parallel.fit import check_batch, fitted
 from qwen3_jax.parallel.rules import RULES, Rules, active_rules, meshless
 
 logger = logging.getLogger(__name__)
-WEIGHT_AXES = (("experts", "mlp", "embed"), ("experts", "mlp", "embed"), ("experts", "embed", "mlp"))
 
 
 def apply_experts(
@@ -43,7 +44,8 @@ def apply_experts(
     """Every token through its experts, weighted and summed.
 
     Args:
-        weights: gate and up [E, F, D], down [E, D, F]; or the stacks of all layers with a leading L.
+        weights: gate and up [E, F, D], down [E, D, F], each an array or an Adapted; or the stacks of all layers with a leading
+            L.
         x: tokens.
         routing: weight of each of a token's experts, float32.
         ids: the experts, 0 <= id < E.
@@ -57,7 +59,7 @@ def apply_experts(
         tokens, routing, ids = (array.reshape(-1, array.shape[-1]) for array in (x, routing, ids))
         return local_experts(weights, tokens, routing, ids, layer).reshape(x.shape), jnp.int32(0)
     layout = _layout(active_rules(), jax.sharding.get_abstract_mesh(), weights, x, ids.shape[-1])
-    return _on_mesh(layout, weights, x, routing, ids, layer)
+    return _on_mesh(layout, jax.tree.leaves(weights), x, routing, ids, layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,9 @@ class Layout:
 
     Attributes:
         tokens: specs of x, routing and ids.
-        weights: specs of gate, up and down.
+        matrices: the form of gate, up and down.
+        weights: the spec of each of their arrays.
+        names: the logical axes of each of them.
         experts: axes that the experts are split over.
         embed: axes that weights are gathered over.
         width: axes that the experts' width is split over.
@@ -78,7 +82,9 @@ class Layout:
     """
 
     tokens: PartitionSpec
+    matrices: Any
     weights: tuple[PartitionSpec, ...]
+    names: tuple[tuple[str, ...], ...]
     experts: tuple[str, ...]
     embed: tuple[str, ...]
     width: tuple[str, ...]
@@ -148,9 +154,11 @@ def dispatch_for(
 
 
 def _layout(rules: Rules, mesh: Mesh | AbstractMesh, weights: Any, x: Any, top_k: int) -> Layout:
-    stacked = weights[0].ndim == 4
+    (gate, *_), matrices = jax.tree.flatten(weights)
+    names = tuple(array_axes(weights))
+    stacked = gate.ndim == 4
     leading = ("layers",) if stacked else ()
-    specs = tuple(rules.spec(*leading, *names, mesh=mesh) for names in WEIGHT_AXES)
+    specs = tuple(rules.spec(*leading, *axes, mesh=mesh) for axes in names)
 
     def axes_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
         axes = (part,) if isinstance(part, str) else part or ()
@@ -168,15 +176,17 @@ def _layout(rules: Rules, mesh: Mesh | AbstractMesh, weights: Any, x: Any, top_k
         tokens=math.prod(x.shape[:2]) // parts(over),
         top_k=top_k,
         embed=x.shape[2],
-        width=weights[0].shape[-2] // parts(width),
-        experts=weights[0].shape[-3] // parts(experts),
+        width=gate.shape[-2] // parts(width),
+        experts=gate.shape[-3] // parts(experts),
         itemsize=x.dtype.itemsize,
     )
     choice = choose(rules.dispatch, work, speeds_of(mesh))
     logger.info("experts: %s as %s", work, choice)
     return Layout(
         tokens=tokens,
+        matrices=matrices,
         weights=specs,
+        names=names,
         experts=experts,
         embed=embed,
         width=width,
@@ -189,28 +199,28 @@ def _layout(rules: Rules, mesh: Mesh | AbstractMesh, weights: Any, x: Any, top_k
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _on_mesh(layout: Layout, weights: Weights, x: Any, routing: Any, ids: Any, layer: Any) -> Any:
+def _on_mesh(layout: Layout, weights: list[Any], x: Any, routing: Any, ids: Any, layer: Any) -> Any:
     layer = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
     tokens = layout.tokens
     run = jax.shard_map(
         functools.partial(_forward, layout),
-        in_specs=(layout.weights, tokens, tokens, tokens, PartitionSpec()),
+        in_specs=(list(layout.weights), tokens, tokens, tokens, PartitionSpec()),
         out_specs=(tokens, PartitionSpec()),
         check_vma=False,
     )
     return run(weights, x, routing, ids, layer)
 
 
-def _forward(layout: Layout, weights: Weights, x: Any, routing: Any, ids: Any, layer: Any) -> tuple[Any, Any]:
+def _forward(layout: Layout, weights: list[Any], x: Any, routing: Any, ids: Any, layer: Any) -> tuple[Any, Any]:
     # Nothing to gather: the grouped matmul reads its layer from the stack where it lies.
     in_place = layout.stacked and not layout.embed
     whole = weights if in_place else _gathered(layout, weights, layer, x.dtype)
     per_shard, choice = whole[0].shape[-3], layout.choice
-    first = _first_expert(layout, per_shard)
+    first, matrices = _first_expert(layout, per_shard), layout.matrices.unflatten(whole)
 
     def at_experts(done: Any, chunk: tuple[Any, Any]) -> tuple[Any, Any]:
         x, picks = chunk
-        out, rows = visit(whole, x, *_picks(picks, first), choice.capacity, choice.rounds, layer if in_place else None)
+        out, rows = visit(matrices, x, *_picks(picks, first), choice.capacity, choice.rounds, layer if in_place else None)
         return done + rows, out
 
     chunk = (x.reshape(-1, x.shape[-1]), _packed(routing, ids))
@@ -220,46 +230,67 @@ def _forward(layout: Layout, weights: Weights, x: Any, routing: Any, ids: Any, l
     return _summed(out, layout.width).astype(x.dtype).reshape(x.shape), dropped
 
 
-def _kept(layout: Layout, weights: Weights, x: Any, routing: Any, ids: Any, layer: Any) -> tuple[Any, Any]:
-    return _on_mesh(layout, weights, x, routing, ids, layer), (weights, x, routing, ids, layer)
+def _kept(layout: Layout, weights: list[Any], *others: Any) -> tuple[Any, Any]:
+    arrays = [weight.value for weight in weights]
+    rest = jax.tree.map(lambda given: given.value, others, is_leaf=lambda given: isinstance(given, CustomVJPPrimal))
+    # Which arrays are differentiated is told by the form of what is kept: values are not known when programs are traced.
+    wanted = [() if weight.perturbed else None for weight in weights]
+    return _on_mesh(layout, arrays, *rest), (arrays, wanted, *rest)
 
 
 def _backward(layout: Layout, kept: Any, d_out: Any) -> tuple[Any, ...]:
-    weights, x, routing, ids, layer = kept
+    weights, wanted, x, routing, ids, layer = kept
+    if isinstance(d_out[0], SymbolicZero):
+        return (None,) * 5
     index = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
     tokens = layout.tokens
     run = jax.shard_map(
-        functools.partial(_gradients, layout),
-        in_specs=(layout.weights, tokens, tokens, tokens, PartitionSpec(), tokens),
-        out_specs=(layout.weights, tokens, tokens),
+        functools.partial(_gradients, layout, tuple(part is not None for part in wanted)),
+        in_specs=(list(layout.weights), tokens, tokens, tokens, PartitionSpec(), tokens),
+        out_specs=([spec for spec, part in zip(layout.weights, wanted, strict=True) if part is not None], tokens, tokens),
         check_vma=False,
     )
-    return (*run(weights, x, routing, ids, index, d_out[0]), None, None)
+    found, d_x, d_routing = run(weights, x, routing, ids, index, d_out[0])
+    d_weights = iter(found)
+    return [None if part is None else next(d_weights) for part in wanted], d_x, d_routing, None, None
 
 
-_on_mesh.defvjp(_kept, _backward)
+_on_mesh.defvjp(_kept, _backward, symbolic_zeros=True)
 
 
-def _gradients(layout: Layout, weights: Weights, x: Any, routing: Any, ids: Any, layer: Any, d_out: Any) -> tuple[Any, ...]:
+def _gradients(
+    layout: Layout,
+    wanted: tuple[bool, ...],
+    weights: list[Any],
+    x: Any,
+    routing: Any,
+    ids: Any,
+    layer: Any,
+    d_out: Any,
+) -> tuple[Any, ...]:
     whole = _gathered(layout, weights, layer, x.dtype)
     per_shard, choice = whole[0].shape[0], layout.choice
-    first = _first_expert(layout, per_shard)
+    first, matrices = _first_expert(layout, per_shard), layout.matrices.unflatten(whole)
 
-    def at_experts(d_whole: Weights, chunk: tuple[Any, ...]) -> tuple[Weights, tuple[Any, Any]]:
+    def at_experts(d_whole: Sums, chunk: tuple[Any, ...]) -> tuple[Sums, tuple[Any, Any]]:
         x, picks, d_out = chunk
-        sums = visit_back(whole, x, *_picks(picks, first), d_out, d_whole, choice.capacity, choice.rounds)
+        sums = visit_back(matrices, x, *_picks(picks, first), d_out, d_whole, choice.capacity, choice.rounds)
         d_whole, d_x, d_routing = sums
         return d_whole, (d_x.astype(x.dtype), d_routing)
 
     chunk = (x.reshape(-1, x.shape[-1]), _packed(routing, ids), d_out.reshape(-1, x.shape[-1]))
     # Sums over visits in float32; each visit's own gradient is in the compute dtype.
-    zero = tuple(jnp.zeros(weight.shape, jnp.promote_types(weight.dtype, jnp.float32)) for weight in whole)
+    zero = [
+        jnp.zeros(weight.shape, jnp.promote_types(weight.dtype, jnp.float32)) if trained else None
+        for weight, trained in zip(whole, wanted, strict=True)
+    ]
     (d_x, d_routing), d_whole = layout.travel(at_experts, per_shard, chunk, zero)
     d_x, d_routing = _summed(d_x, layout.width), _summed(d_routing, layout.width)
-    d_weights = tuple(
-        _scattered(layout, part, weight, names.index("embed"), layer)
-        for part, weight, names in zip(d_whole, weights, WEIGHT_AXES, strict=True)
-    )
+    d_weights = [
+        _scattered(layout, part, weight, names, layer)
+        for part, weight, names in zip(d_whole, weights, layout.names, strict=True)
+        if part is not None
+    ]
     return d_weights, d_x.astype(x.dtype).reshape(x.shape), d_routing.reshape(routing.shape).astype(routing.dtype)
 
 
@@ -274,28 +305,33 @@ def _picks(packed: Any, first: Any) -> tuple[Any, Any]:
     return routing, ids.astype(jnp.int32) - 1 - first
 
 
-def _gathered(layout: Layout, weights: Weights, layer: Any, dtype: Any) -> Weights:
+def _gathered(layout: Layout, weights: list[Any], layer: Any, dtype: Any) -> list[Any]:
     """This shard's experts, whole along the embed axis, in the compute dtype."""
 
-    def one(weight: Any, axis: int) -> Any:
+    def one(weight: Any, names: tuple[str, ...]) -> Any:
         if layout.stacked:
             weight = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
         weight = pallas_kernels.cast(weight, dtype)  # a plain conversion would be one of all layers
-        return jax.lax.all_gather(weight, layout.embed, axis=axis, tiled=True) if layout.embed else weight
+        if not layout.embed or "embed" not in names:
+            return weight
+        return jax.lax.all_gather(weight, layout.embed, axis=names.index("embed"), tiled=True)
 
-    return tuple(one(weight, names.index("embed")) for weight, names in zip(weights, WEIGHT_AXES, strict=True))
+    return [one(weight, names) for weight, names in zip(weights, layout.names, strict=True)]
 
 
-def _scattered(layout: Layout, d_whole: Any, weight: Any, axis: int, layer: Any) -> Any:
+def _scattered(layout: Layout, d_whole: Any, weight: Any, names: tuple[str, ...], layer: Any) -> Any:
     """The gradient of this shard's part of a weight, summed over all shards with other tokens, in the weight's dtype."""
-    part = d_whole
-    if layout.embed and set(layout.embed) <= set(layout.over):
-        part = jax.lax.psum_scatter(part, layout.embed, scatter_dimension=axis, tiled=True)
-    elif layout.embed:  # some of the shards that a weight was gathered from have the same tokens
-        part = _summed(part, tuple(name for name in layout.embed if name in layout.over))
+    part, embed = d_whole, layout.embed if "embed" in names else ()
+    if embed and set(embed) <= set(layout.over):
+        part = jax.lax.psum_scatter(part, embed, scatter_dimension=names.index("embed"), tiled=True)
+    elif embed:  # some of the shards that a weight was gathered from have the same tokens
+        axis = names.index("embed")
+        part = _summed(part, tuple(name for name in embed if name in layout.over))
         size = weight.shape[axis + layout.stacked]
-        part = jax.lax.dynamic_slice_in_dim(part, jax.lax.axis_index(layout.embed) * size, size, axis=axis)
-    others = tuple(name for name in layout.over if name not in layout.experts + layout.embed)
+        part = jax.lax.dynamic_slice_in_dim(part, jax.lax.axis_index(embed) * size, size, axis=axis)
+    others = tuple(name for name in layout.over if name not in layout.experts + embed)
+    # What is whole along the width meets on each shard a part of it alone.
+    others += () if "mlp" in names else layout.width
     part = _summed(part, others).astype(weight.dtype)
     return jnp.zeros_like(weight).at[layer].set(part) if layout.stacked else part
 

@@ -118,7 +118,7 @@ def mesh_of(tree: object) -> Mesh | None:
     return None
 
 
-def on_mesh_of(tree: object) -> contextlib.AbstractContextManager[object]:
+def on_mesh_of(tree: object, *, by_shape: bool = True) -> contextlib.AbstractContextManager[object]:
     """Set the mesh that a tree's arrays lie on, for the length of a block; none where they lie on single devices.
 
     Traced arrays know the mesh that they will lie on, so this holds under jit and vmap too. What is set stays where the tree
@@ -126,6 +126,8 @@ def on_mesh_of(tree: object) -> contextlib.AbstractContextManager[object]:
 
     Args:
         tree: any pytree.
+        by_shape: under jit and vmap the mesh can be set by its shape alone, which a program is traced under, and no operation
+            outside of one can run under: vmap's, where no jit is around it. False sets none there.
 
     Returns:
         For a `with` statement.
@@ -140,9 +142,9 @@ def on_mesh_of(tree: object) -> contextlib.AbstractContextManager[object]:
         try:
             return jax.set_mesh(mesh)
         except ValueError:
-            pass  # under jit and vmap a mesh is set by its shape alone
+            pass  # under jit and vmap
     current = jax.sharding.get_abstract_mesh()
-    if shape is None or shape == current:
+    if shape is None or shape == current or not by_shape:
         return contextlib.nullcontext()
     if not current.empty:
         raise MeshError(f"the arrays lie on {said(shape)}, and {said(current)} is set: accepted under jit is one mesh")

@@ -23,7 +23,7 @@ import pallas_kernels
 from qwen3_jax.parallel.dispatch import Dispatch
 from qwen3_jax.parallel.mesh import AXES, MeshError
 
-WHOLE = ("layers", "head_dim", "router", "norm")  # logical axes that are never split
+WHOLE = ("layers", "head_dim", "router", "norm", "rank")  # logical axes that are never split
 MeshAxes = str | tuple[str, ...] | list[str] | None
 
 
@@ -147,6 +147,7 @@ RULES = Rules(
         ("experts", ("expert",)),
         ("router", ()),
         ("norm", ()),
+        ("rank", ()),  # of adapters
         ("batch", ("data", "fsdp", "expert")),
         ("seq", ("context",)),
     )

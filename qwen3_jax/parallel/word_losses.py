@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from qwen3_jax.parallel.rules import Rules, active_rules, meshless, spec, use_rules
@@ -50,24 +51,30 @@ Axes = tuple[
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _losses(axes, rules, words, block, weight, hidden, labels):
-    return _losses_forward(axes, rules, words, block, weight, hidden, labels)[0]
+    table, states, tokens = _specs(rules)
+    run = _on_shards(functools.partial(_forward, axes, words, block), (table, states, tokens), (tokens, tokens))
+    return run(weight, hidden, labels)
 
 
 def _losses_forward(axes, rules, words, block, weight, hidden, labels):
-    table, states, tokens = _specs(rules)
-    run = _on_shards(functools.partial(_forward, axes, words, block), (table, states, tokens), (tokens, tokens))
-    losses, normaliser = run(weight, hidden, labels)
-    return (losses, normaliser), (weight, hidden, labels, normaliser)
+    given = weight.value, hidden.value, labels.value
+    losses, normaliser = _losses(axes, rules, words, block, *given)
+    # Whether the words are differentiated is told by the form of what is kept: values are not known when programs are traced.
+    return (losses, normaliser), (*given, normaliser, () if weight.perturbed else None)
 
 
 def _losses_backward(axes, rules, words, block, kept, d_out):
+    *given, normaliser, differentiated = kept
+    d_out = [jnp.zeros_like(normaliser) if isinstance(part, SymbolicZero) else part for part in d_out]
     table, states, tokens = _specs(rules)
     taken = (table, states, tokens, tokens, tokens, tokens)
-    run = _on_shards(functools.partial(_backward, axes, words, block), taken, (table, states))
-    return (*run(*kept, *d_out), None)
+    tables = () if differentiated is None else (table,)
+    run = _on_shards(functools.partial(_backward, axes, words, block, bool(tables)), taken, (tables, states))
+    d_tables, d_hidden = run(*given, normaliser, *d_out)
+    return (*(d_tables or (None,)), d_hidden, None)
 
 
-_losses.defvjp(_losses_forward, _losses_backward)
+_losses.defvjp(_losses_forward, _losses_backward, symbolic_zeros=True)
 
 
 def _specs(rules: Rules) -> tuple[Any, Any, Any]:
@@ -100,39 +107,41 @@ def _backward(
     axes: Axes,
     words: int,
     block: int | None,
+    differentiated: bool,
     weight: Any,
     hidden: Any,
     labels: Any,
     normaliser: Any,
     d_losses: Any,
     d_normaliser: Any,
-) -> tuple[Any, Any]:
+) -> tuple[tuple[Any, ...], Any]:
     table = weight.astype(hidden.dtype)
     _, travelling, others = axes
+    wide = jnp.promote_types(weight.dtype, jnp.float32)
     staying = tuple(axis for axis in axes[0] if axis not in travelling)
 
-    def one(d_table: Any, piece: tuple[Any, ...]) -> tuple[Any, Any]:
+    def one(d_tables: tuple[Any, ...], piece: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
         states, labels, normaliser, d_losses, d_normaliser = (_everyones(x, axes) for x in piece)
         logits, mine = _logits(axes, words, table, states, labels)
         d_logits = jnp.exp(logits - normaliser[:, None]) * (d_losses + d_normaliser)[:, None] - jnp.where(
             mine, d_losses[:, None], 0
         )
         d_logits = d_logits.astype(states.dtype)
-        d_table = d_table + jnp.einsum("mv,md->vd", d_logits, states, preferred_element_type=d_table.dtype)
-        d_states = jnp.einsum("mv,vd->md", d_logits, table, preferred_element_type=d_table.dtype)
+        d_tables = tuple(total + jnp.einsum("mv,md->vd", d_logits, states, preferred_element_type=wide) for total in d_tables)
+        d_states = jnp.einsum("mv,vd->md", d_logits, table, preferred_element_type=wide)
         if travelling:
             d_states = jax.lax.psum_scatter(d_states, travelling, scatter_dimension=0, tiled=True)
         if staying:
             d_states = jax.lax.psum(d_states, staying)
-        return d_table, d_states.astype(hidden.dtype)
+        return d_tables, d_states.astype(hidden.dtype)
 
-    zero = jnp.zeros(weight.shape, jnp.promote_types(weight.dtype, jnp.float32))
+    zeros = (jnp.zeros(weight.shape, wide),) if differentiated else ()
     pieces = _blocks(axes, weight, block, hidden, labels, normaliser, d_losses, d_normaliser)
-    d_table, d_hidden = jax.lax.scan(one, zero, pieces)
+    d_tables, d_hidden = jax.lax.scan(one, zeros, pieces)
     if others:
-        d_table = jax.lax.psum(d_table, others)
+        d_tables = jax.lax.psum(d_tables, others)
     d_hidden = d_hidden.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
-    return d_table.astype(weight.dtype), d_hidden
+    return tuple(d_table.astype(weight.dtype) for d_table in d_tables), d_hidden
 
 
 def _blocks(axes: Axes, weight: Any, block: int | None, *arrays: Any) -> tuple[Any, ...]:

@@ -9,12 +9,13 @@ from jax.sharding import AbstractMesh, Mesh
 from qwen3_jax.parallel.mesh import AXES, MeshError, make_mesh
 from qwen3_jax.parallel.rules import RULES, TRAIN_RULES, WHOLE, Rules
 from qwen3_jax.planning.efficiency import Efficiency
-from qwen3_jax.planning.estimate import Traffic, device_flops, device_hbm_bytes, device_memory, device_traffic
+from qwen3_jax.planning.estimate import Traffic, device_flops, device_memory, device_traffic
 from qwen3_jax.planning.job import Job, PlanError
 from qwen3_jax.planning.links import Links
 from qwen3_jax.planning.roofline import StepTime, step_time
 from qwen3_jax.planning.shares import shares
 from qwen3_jax.planning.topology import Topology
+from qwen3_jax.planning.traffic import device_hbm_bytes
 
 NEAR = 1.05  # times that the analytic model does not tell from each other
 

@@ -93,6 +93,7 @@ def _request(job: Job, topology: Topology, candidate: Candidate) -> dict:
         "batch": job.batch,
         "seq": job.seq,
         "remat": job.remat,
+        "rank": job.rank,
         "topology": topology.name,
         "slices": topology.slices,
         "mesh": candidate.wish,

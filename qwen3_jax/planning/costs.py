@@ -5,6 +5,7 @@ beside them is left out. Bytes are operands read and results written, padded to 
 it takes, an update in place what it writes, inside of fusions too: a loop over stacked layers would else count the whole stack
 in every round. Gathered rows count with the tiles that they lie in. These are the conventions of the compiler's own cost
 analysis, but that one tells no memory from another, counts the body of a loop once and a copy between memories four times.
+What a program is timed by differs in one thing: of gathered and scattered rows the lines count, as machine code copies them.
 """
 
 import dataclasses
@@ -147,7 +148,9 @@ def _splash(computation: Computation, instruction: Instruction) -> float | None:
     return _SPLASH[found.group(1)] * 2.0 * queries.size * keys.dims[-2] / 2
 
 
-def bytes_moved(module: Module, computation: Computation, instruction: Instruction, memory: int | None = HBM) -> float:
+def bytes_moved(
+    module: Module, computation: Computation, instruction: Instruction, memory: int | None = HBM, lines: bool = False
+) -> float:
     """Bytes that one execution reads and writes, those of loops and calls not included.
 
     Args:
@@ -155,6 +158,8 @@ def bytes_moved(module: Module, computation: Computation, instruction: Instructi
         computation: where the instruction stands; not a fused computation.
         instruction: the instruction.
         memory: which memory's bytes count; None for all.
+        lines: count gathered and scattered rows with the lines of a tile that they lie in (`Shape.line_bytes`), not with
+            whole tiles.
 
     Returns:
         Bytes.
@@ -172,17 +177,19 @@ def bytes_moved(module: Module, computation: Computation, instruction: Instructi
         inputs = [array for each in operands for array in each.arrays]
         return of(*inputs) + of(*_arriving(instruction, inputs))
     if kind in _SLICES or kind in _UPDATES:
-        touched = _touched(computation, instruction) if memory in (None, operands[0].arrays[0].memory) else 0.0
+        touched = _touched(computation, instruction, lines) if memory in (None, operands[0].arrays[0].memory) else 0.0
         others = of(*(array for each in operands[1:] for array in each.arrays))
         return touched + others + (of(*results) if kind in _SLICES else touched if kind == "scatter" else 0.0)
     if kind == "fusion":
         fused = module[instruction.called[0]]
         inputs = sum(
-            _read(module, fused, fused.parameters[number])
+            _read(module, fused, fused.parameters[number], lines)
             for number, each in enumerate(operands)
             if memory in (None, each.arrays[0].memory)
         )
-        return inputs + sum(size for array, size in _written(module, fused, fused.root) if memory in (None, array.memory))
+        return inputs + sum(
+            size for array, size in _written(module, fused, fused.root, lines) if memory in (None, array.memory)
+        )
     if kind == "custom-call":
         estimate = kernel_estimate(instruction)
         if estimate:
@@ -200,8 +207,8 @@ def _arriving(instruction: Instruction, inputs: list[Shape]) -> list[Shape]:
     return list(leaves(parts[1])) if len(parts) > 1 else list(inputs)
 
 
-def _touched(computation: Computation, instruction: Instruction) -> float:
-    """Bytes of its first operand that a slice reads, or that an update writes; a row of a tile is had with the whole tile."""
+def _touched(computation: Computation, instruction: Instruction, lines: bool) -> float:
+    """Bytes of its first operand that a slice reads, or that an update writes; a row with its tiles, or with their lines."""
     source, *others = (each.arrays[0] for each in computation.operands(instruction))
     kind, result = instruction.opcode, instruction.arrays[0]
     if kind == "dynamic-update-slice":
@@ -215,10 +222,10 @@ def _touched(computation: Computation, instruction: Instruction) -> float:
     else:
         return float(result.bytes)
     one = dataclasses.replace(source, dims=window)
-    return float(total // max(one.size, 1) * one.bytes)
+    return float(total // max(one.size, 1) * (source.line_bytes(window) if lines else one.bytes))
 
 
-def _read(module: Module, fused: Computation, source: Instruction, nested: bool = False) -> float:
+def _read(module: Module, fused: Computation, source: Instruction, lines: bool, nested: bool = False) -> float:
     """Bytes of an array that a fused computation reads: what slices take of it, and all of it once for each nested fusion."""
     total, whole = 0.0, False
     size = sum(array.bytes for array in source.arrays)
@@ -230,15 +237,15 @@ def _read(module: Module, fused: Computation, source: Instruction, nested: bool 
                 pass  # handed on
             elif user.opcode == "fusion":
                 inside = module[user.called[0]]
-                total += _read(module, inside, inside.parameters[at], nested=True)
+                total += _read(module, inside, inside.parameters[at], lines, nested=True)
             elif at == 0 and (user.opcode == "scatter" or (user.opcode == "gather" and nested)):
-                total += min(size, _touched(fused, user))
+                total += min(size, _touched(fused, user, lines))
             elif at == 0 and user.opcode in _SLICES:
-                total += _touched(fused, user)
+                total += _touched(fused, user, lines)
             elif user.opcode == "dynamic-update-slice" and at == 0:
                 pass  # in place
             elif user.opcode == "bitcast":
-                total += min(size, _read(module, fused, user, nested)) if user is not fused.root else size
+                total += min(size, _read(module, fused, user, lines, nested)) if user is not fused.root else size
             elif user.opcode in ("broadcast", "reshape"):
                 total += size
             elif not whole:
@@ -246,19 +253,19 @@ def _read(module: Module, fused: Computation, source: Instruction, nested: bool 
     return total
 
 
-def _written(module: Module, fused: Computation, root: Instruction) -> list[tuple[Shape, float]]:
+def _written(module: Module, fused: Computation, root: Instruction, lines: bool) -> list[tuple[Shape, float]]:
     """The arrays that a fused computation gives, and the bytes of each that it writes."""
     if root.opcode == "tuple":
-        return [pair for each in fused.operands(root) for pair in _written(module, fused, each)]
+        return [pair for each in fused.operands(root) for pair in _written(module, fused, each, lines)]
     if root.opcode == "parameter" or _goes_on(fused, root) or is_async_half(root, "Done"):
         return [(array, 0.0) for array in root.arrays]  # handed on
     if root.opcode == "bitcast":
-        inner = _written(module, fused, fused.operands(root)[0])
+        inner = _written(module, fused, fused.operands(root)[0], lines)
         return [(root.arrays[0], min(inner[0][1], root.arrays[0].bytes))] if len(inner) == 1 else inner
     if root.opcode == "dynamic-update-slice" or (root.opcode == "scatter" and fused.operands(root)[0].opcode == "parameter"):
-        return [(root.arrays[0], min(float(root.arrays[0].bytes), _touched(fused, root)))]
+        return [(root.arrays[0], min(float(root.arrays[0].bytes), _touched(fused, root, lines)))]
     if root.opcode == "fusion":
         inside = module[root.called[0]]
-        sizes = [size for _, size in _written(module, inside, inside.root)]
+        sizes = [size for _, size in _written(module, inside, inside.root, lines)]
         return list(zip(root.arrays, sizes, strict=True))
     return [(array, float(array.bytes)) for array in root.arrays]

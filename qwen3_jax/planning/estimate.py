@@ -4,7 +4,8 @@ All figures are of one device and one step. The letters: t tokens of a device, b
 and key heads, H head_dim, F width, E experts, k of them per token, V words, S keys that a query sees on average. Products are
 in bfloat16, weights, gradients and optimizer of training in float32. A forward product of m parameters with t tokens is 2 m t
 FLOPs and its backward pass twice that. With remat a layer's forward pass is made twice; experts and the head make theirs
-again by themselves.
+again by themselves. In lora the model is frozen in bfloat16: of its matrices the backward pass has one product, of the
+adapters two, and gradients and optimizer are of these alone.
 """
 
 import collections
@@ -12,7 +13,7 @@ import dataclasses
 
 from qwen3_jax.parallel.word_losses import LOGITS
 from qwen3_jax.planning.job import Job
-from qwen3_jax.planning.shares import Shares, parameters
+from qwen3_jax.planning.shares import Shares, adapters, parameters
 
 FLOAT, HALF = 4, 2  # bytes
 ARRAYS = {"attention": 4, "dense": 3, "experts": 3, "router": 1, "norms": 4, "words": 1}  # of a layer, by kind of parameters
@@ -50,8 +51,8 @@ def seen(job: Job) -> float:
 
 
 def passes(job: Job) -> int:
-    """Forward passes that a layer's products cost: 1; in training 3, and 4 where remat makes the forward one again."""
-    return 1 if not job.trains else 3 if job.remat == "none" else 4
+    """Forward passes that a layer's products cost: 1; in training 3, of frozen ones 2, and one more with remat."""
+    return 1 if not job.trains else (3, 2)[job.adapts] + (job.remat != "none")
 
 
 def device_flops(job: Job, cut: Shares) -> float:
@@ -59,7 +60,8 @@ def device_flops(job: Job, cut: Shares) -> float:
 
     Per layer and forward pass: attention's projections 2 t (2 D N H / heads + 2 D K H / kv_heads), its scores and sums
     4 t S H N / heads, a dense MLP 6 t D F / mlp, experts 6 t k D F / mlp (tokens shared evenly) and the router 2 t D E. The
-    head: 2 t D V over the shards of the vocabulary that tokens are not split over; in prefill of one token a row.
+    head: 2 t D V over the shards of the vocabulary that tokens are not split over; in prefill of one token a row. Adapters:
+    2 t per parameter, whole along embed, of experts of k; they and attention's scores have all passes of training in lora too.
 
     Args:
         job: the job.
@@ -75,24 +77,19 @@ def device_flops(job: Job, cut: Shares) -> float:
         "dense": 6 * d * config.intermediate_size / cut.mlp,
         "moe": 6 * config.num_experts_per_tok * d * config.moe_intermediate_size / cut.mlp + 2 * d * config.num_experts,
     }
-    attention = 4 * d * h * (heads + keys) + 4 * seen(job) * h * heads
-    layers = sum(attention + per_token[kind.mlp] for kind in config.block_kinds())
+    scores = 4 * seen(job) * h * heads * config.num_hidden_layers
+    layers = sum(4 * d * h * (heads + keys) + per_token[kind.mlp] for kind in config.block_kinds())
+    for kind, factors in adapters(job, cut).items():
+        used = config.num_experts_per_tok * cut.experts / config.num_experts if kind == "experts" and config.num_experts else 1
+        scores += 2 * used * (factors.embed * cut.devices(cut.gathered[kind]) + factors.inner)
     headed = job.batch / cut.batch if job.mode == "prefill" else t
     # Tokens that travel to a shard of the words come from as many devices as share it with them.
     head = 2 * headed * d * config.vocab_size * cut.devices(cut.travelling) / cut.vocab
-    return passes(job) * layers * t + (4 if job.trains else 1) * head
+    return passes(job) * layers * t + (passes(job) + job.adapts) * scores * t + (4 - job.adapts if job.trains else 1) * head
 
 
-def device_hbm_bytes(job: Job, cut: Shares) -> float:
-    """Bytes that pass through HBM in a step.
-
-    Weights: each of the passes reads a layer's in bfloat16, whole along embed. Of experts each visit reads those that its c
-    tokens chose, E (1 - (1 - k / E)^c) of all: each step of a ring those of one device's tokens, all_to_all and gather once
-    those of all that the experts are split over. In training weights are first read in float32 and written in
-    bfloat16, twice; the gradient is written and read in float32; the optimizer reads and writes weight and two moments and
-    reads the gradient (8 float32 a parameter with the norm of all gradients). Activations: each product reads its input and
-    writes its output in bfloat16, in every pass; norms, residuals and the sort of rows add 8 D a token, and 4 k D for
-    experts. Attention's scores stay on the chip. The cache is read once.
+def cache_bytes(job: Job, cut: Shares) -> float:
+    """Bytes of keys and values: 2 L b K S H in bfloat16; none in training.
 
     Args:
         job: the job.
@@ -101,29 +98,6 @@ def device_hbm_bytes(job: Job, cut: Shares) -> float:
     Returns:
         Bytes of one device.
     """
-    config, t = job.config, cut.tokens(job)
-    d, h, k = config.hidden_size, config.head_dim, config.num_experts_per_tok
-    heads, keys = config.num_attention_heads / cut.heads, config.num_key_value_heads / cut.kv_heads
-    held = parameters(job, cut)
-    used = held.whole(cut)
-    whole, kept = used.total - used.words, held.total - held.words
-    # An expert that no token of a chunk chose is not read for it.
-    chosen = 1 - (1 - k / config.num_experts) ** cut.chunk(job) if config.num_experts else 0.0
-    read = whole - used.experts + used.experts * chosen * cut.visits
-    weights = HALF * passes(job) * read + HALF * held.words
-    if job.trains:
-        weights += 2 * (FLOAT * kept + HALF * whole) + 2 * FLOAT * whole + (8 + 2) * FLOAT * held.total
-    wide = {
-        "dense": 2 * d + 6 * config.intermediate_size / cut.mlp,
-        "moe": k * (4 * d + 2 * d + 6 * config.moe_intermediate_size / cut.mlp),
-    }
-    attention = 2 * d + h * (4 * heads + 6 * keys) + 8 * d
-    layers = sum(attention + wide[kind.mlp] for kind in config.block_kinds())
-    return weights + passes(job) * HALF * layers * t + _cache(job, cut) * (1 if job.mode == "decode" else 0)
-
-
-def _cache(job: Job, cut: Shares) -> float:
-    """Bytes of keys and values: 2 L b K S H in bfloat16; none in training."""
     config = job.config
     if job.trains:
         return 0.0
@@ -140,6 +114,7 @@ def device_traffic(job: Job, cut: Shares) -> tuple[Traffic, ...]:
     - weights over the axes that they are gathered from, in bfloat16, for the forward pass and again for the backward one;
       gradients scattered in float32.
     - float32 gradients reduced over every axis that tokens are split over and a weight is not.
+    - in lora the same of the adapters, and no gradients but theirs; sums of r numbers a token over tensor are left out.
     - hidden states to the vocabulary's shards and back, (p - 1) t D, and their lookup, over the axes that split both.
     - tensor: t D in bfloat16 reduced after attention and after the MLP, in each pass but that of the weights' gradients.
     - expert: tokens with their sums, as the dispatch's own cost model lets them travel (`_dispatched`).
@@ -165,9 +140,18 @@ def device_traffic(job: Job, cut: Shares) -> tuple[Traffic, ...]:
         axes, alike, arrays = cut.gathered[name], cut.alike[name], ARRAYS[name] * (1 if name == "words" else layers)
         others, same = cut.devices(axes) - 1, cut.devices(alike)
         together("all-gather", axes, "weights", again * HALF * count * others, again * arrays)
-        if job.trains:
+        if job.mode == "train":
             together("reduce-scatter", axes, "gradients", FLOAT * count * others, arrays)
             together("all-reduce", alike, "gradients", 2 * FLOAT * count * (same - 1) / same, arrays)
+    for name, factors in adapters(job, cut).items():
+        axes, alike, arrays = cut.gathered[name], cut.alike[name], ARRAYS[name] * layers
+        # What lacks the embed axis is the same on all devices that split it, of which those with other tokens add theirs.
+        more = alike + tuple(axis for axis in axes if axis in cut.alike["norms"])
+        together("all-gather", axes, "adapters", again * HALF * factors.embed * (cut.devices(axes) - 1), again * arrays)
+        together("reduce-scatter", axes, "gradients", FLOAT * factors.embed * (cut.devices(axes) - 1), arrays)
+        for which, count in ((alike, factors.embed), (more, factors.inner)):
+            same = cut.devices(which)
+            together("all-reduce", which, "gradients", 2 * FLOAT * count * (same - 1) / same, arrays)
     found = [Traffic(*key[:2], sent, int(count), False, key[2]) for key, (sent, count) in sums.items()]
 
     def add(kind: str, axes: tuple[str, ...], sent: float, count: int, what: str) -> None:
@@ -176,7 +160,7 @@ def device_traffic(job: Job, cut: Shares) -> tuple[Traffic, ...]:
     def lost(axis: str) -> float:
         return (size[axis] - 1) / size[axis]
 
-    reduced = 2 * (passes(job) - 1 if job.trains else 1) * layers
+    reduced = 2 * (passes(job) - (job.mode == "train")) * layers
     add("all-reduce", ("tensor",), 2 * HALF * reduced * t * d * lost("tensor"), reduced, "sums of heads and widths")
     found += _dispatched(job, cut)
     if cut.seq > 1:
@@ -184,7 +168,8 @@ def device_traffic(job: Job, cut: Shares) -> tuple[Traffic, ...]:
         add("all-gather", ("context",), 4 * HALF * layers * rows * lost("context"), 8 * layers, "keys and values")
     around = cut.devices(cut.travelling) - 1
     headed = job.batch / cut.batch if job.mode == "prefill" else t
-    states = (HALF * t + HALF * headed) * d + ((HALF * t + (HALF + FLOAT) * headed) * d if job.trains else 0)
+    states = (HALF * t + HALF * headed) * d + ((HALF + FLOAT) * headed * d if job.trains else 0)
+    states += HALF * t * d if job.mode == "train" else 0  # gradients of the words that were looked up
     logits = 0 if job.trains else FLOAT * headed * config.vocab_size / cut.vocab
     add("all-gather", cut.travelling, around * (states + logits), 4 * again, "states to the words and back")
     return tuple(part for part in found if part.bytes)
@@ -224,7 +209,8 @@ def _dispatched(job: Job, cut: Shares) -> list[Traffic]:
 def device_memory(job: Job, cut: Shares) -> dict[str, float]:
     """Bytes that a step needs at most.
 
-    weights: float32 in training, else bfloat16. optimizer: two float32 moments. gradients: float32. cache: 2 L b K S H in
+    weights: float32 in training, else bfloat16; in lora bfloat16 and float32 adapters, of which alone there are the next two.
+    optimizer: two float32 moments. gradients: float32. cache: 2 L b K S H in
     bfloat16. activations: each layer's input, t D in bfloat16; without remat all that its products read. working: one layer
     whole along embed, in bfloat16 and its gradient in float32; its rows, 2 D + 3 F / mlp for each that the experts' buffers
     hold and 2 D for each token that is there, D + 3 F / mlp a token for a dense MLP, twice in training; a block of logits
@@ -253,13 +239,16 @@ def device_memory(job: Job, cut: Shares) -> dict[str, float]:
     of_layer = HALF * (rows + t * (heads + 2 * d))
     logits = 3 * FLOAT * LOGITS if job.trains else FLOAT * job.batch / cut.batch * config.vocab_size
     saved = HALF * t * d * layers if job.remat != "none" else of_layer * layers
+    pairs = sum(factors.total for factors in adapters(job, cut).values())
+    trained = pairs if job.adapts else held.total if job.trains else 0.0
+    frozen = held.total if trained != held.total else 0.0
     return {
-        "weights": (FLOAT if job.trains else HALF) * held.total,
-        "optimizer": 2 * FLOAT * held.total if job.trains else 0.0,
-        "gradients": FLOAT * held.total if job.trains else 0.0,
-        "cache": _cache(job, cut),
+        "weights": FLOAT * trained + HALF * frozen,
+        "optimizer": 2 * FLOAT * trained,
+        "gradients": FLOAT * trained,
+        "cache": cache_bytes(job, cut),
         "activations": saved if job.trains else 0.0,
-        "working": (2 if job.trains else 1) * of_layer + (HALF + FLOAT if job.trains else HALF) * layer + logits,
+        "working": (2 if job.trains else 1) * of_layer + (HALF + FLOAT if job.mode == "train" else HALF) * layer + logits,
     }
 
 
@@ -268,7 +257,8 @@ def model_flops(job: Job) -> float:
 
     6 per token and active parameter that is multiplied (the embedding is looked up, not multiplied; a head is multiplied,
     also a tied one) in training, 2 in inference; attention 12 L N H S per token in training with S half a row, 4 L N H S in
-    inference. Nothing that remat makes again is counted.
+    inference. In lora 4 per frozen parameter, whose gradient nobody wants, 6 per parameter of a token's adapters, r (in + out)
+    for each of its matrices, and attention's 12 L N H S. Nothing that remat makes again is counted.
 
     Args:
         job: the job.
@@ -281,5 +271,18 @@ def model_flops(job: Job) -> float:
     active = config.num_active_params() - (0 if config.tie_word_embeddings else table)
     headed = job.batch if job.mode == "prefill" else job.tokens
     attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seen(job)
-    per_token = active - table + attention
-    return (6 if job.trains else 2) * (per_token * job.tokens + table * headed)
+    if not job.adapts:
+        return (6 if job.trains else 2) * ((active - table + attention) * job.tokens + table * headed)
+    return job.tokens * (4 * active + 6 * (attention + _adapters_of_a_token(job)))
+
+
+def _adapters_of_a_token(job: Job) -> float:
+    """Parameters of all the adapters that one token is multiplied with."""
+    config = job.config
+    d, h, n, k = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    per_layer = {
+        "dense": 3 * (d + config.intermediate_size),
+        "moe": 3 * config.num_experts_per_tok * (d + config.moe_intermediate_size),
+    }
+    attention = 4 * d + 2 * h * (n + k)
+    return job.rank * sum(attention + per_layer[kind.mlp] for kind in config.block_kinds())

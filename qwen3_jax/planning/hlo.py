@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 
 _ARRAY = re.compile(r"(\w+)\[([^\]]*)\](?:\{([^}]*)\})?")
-_TILE = re.compile(r"T\(([^)]*)\)")
+_TILE = re.compile(r"T\(([^)]*)\)((?:\([^)]*\))*)")
 _MEMORY = re.compile(r"S\((\d+)\)")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _END = re.compile(r'\}(?:, execution_thread="[^"]*")?')
@@ -22,6 +22,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations|branch_computations|body|condition)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 
 HBM = 0
+LINE = 512  # bytes of 128 lanes of 32 bits: a piece of a TPU's tile that is not scattered over it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Shape:
         dims: sizes.
         order: dimensions from the fastest to the slowest in memory; () where the text has no layout.
         tile: sizes that the fastest dimensions are padded to multiples of, slowest first; () for none.
+        packed: rows of a tile that lie interleaved in its 32-bit words: 2 of bfloat16 in T(8,128)(2,1).
         memory: where it lies; HBM is 0, VMEM 1, others hold scalars and flags.
     """
 
@@ -40,6 +42,7 @@ class Shape:
     dims: tuple[int, ...]
     order: tuple[int, ...] = ()
     tile: tuple[int, ...] = ()
+    packed: int = 1
     memory: int = HBM
 
     @property
@@ -56,12 +59,39 @@ class Shape:
     @functools.cached_property
     def bytes(self) -> int:
         """In memory, padded to whole tiles."""
-        sizes = [self.dims[axis] for axis in reversed(self.order)] if self.order else list(self.dims)
-        if self.tile:
-            sizes = [1] * (len(self.tile) - len(sizes)) + sizes
-            for at, tile in enumerate(reversed(self.tile), start=1):
-                sizes[-at] = -(-sizes[-at] // tile) * tile
+        sizes = self._in_memory(self.dims)
+        for at, tile in enumerate(reversed(self.tile), start=1):
+            sizes[-at] = -(-sizes[-at] // tile) * tile
         return math.prod(sizes) * self.bits // 8
+
+    def _in_memory(self, sizes: tuple[int, ...]) -> list[int]:
+        """Sizes of the dimensions from the slowest to the fastest, no fewer than the tile's."""
+        ordered = [sizes[axis] for axis in reversed(self.order)] if self.order else list(sizes)
+        return [1] * (len(self.tile) - len(ordered)) + ordered
+
+    def line_bytes(self, window: tuple[int, ...]) -> int:
+        """Bytes of the lines that a window of the array lies in, if it begins where a line does.
+
+        A tile of 8 x 128 is eight lines of 512 bytes one behind another: each one row of float32, or two of bfloat16 word by
+        word (https://openxla.org/xla/tiled_layout). A row of the array is one line of each tile that it passes through.
+
+        Args:
+            window: sizes along each dimension.
+
+        Returns:
+            Bytes; never more than those of the whole tiles. Without tiles those of the elements.
+        """
+        whole = dataclasses.replace(self, dims=window).bytes
+        if not self.tile:
+            return whole
+        *outer, lanes = self._in_memory(window)
+        if len(self.tile) > 1:
+            outer[-1] = -(-outer[-1] // self.packed)
+            run = self.tile[-1] * self.packed * self.bits // 8  # one row of a tile, with those in the same words
+            lines = -(-lanes // self.tile[-1]) * -(-run // LINE)
+        else:
+            lines = -(-lanes * self.bits // (8 * LINE))
+        return min(whole, math.prod(outer) * lines * LINE)
 
 
 Tree = Shape | tuple["Tree", ...]
@@ -281,10 +311,12 @@ def _array(text: str) -> Shape:
     dims = tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size)
     order, _, places = (layout or "").partition(":")
     tile, memory = _TILE.search(places), _MEMORY.search(places)
+    packed = re.search(r"\((\d+),1\)$", tile.group(2)) if tile else None
     return Shape(
         dtype,
         dims,
         tuple(int(axis) for axis in order.split(",") if axis),
         tuple(int(size) for size in tile.group(1).split(",")) if tile else (),
+        int(packed.group(1)) if packed else 1,
         int(memory.group(1)) if memory else HBM,
     )

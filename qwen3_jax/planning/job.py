@@ -19,11 +19,13 @@ class Job:
 
     Attributes:
         config: the model's shape.
-        mode: `train` is a step of AdamW in float32 with bfloat16 products; `prefill` reads prompts into a new cache; `decode`
-            is one more token for every row. Both have bfloat16 weights and cache.
+        mode: `train` is a step of AdamW in float32 with bfloat16 products; `lora` is one that trains adapters in float32, on
+            every matrix of attention, MLPs and experts, the model itself frozen in bfloat16; `prefill` reads prompts into a new
+            cache; `decode` is one more token for every row. Both have bfloat16 weights and cache.
         batch: rows of the whole pod.
         seq: tokens of a row; in decode the cache's slots.
         remat: what the backward pass keeps (qwen3_jax.model.remat).
+        rank: of the adapters, in mode lora.
     """
 
     config: Qwen3Config
@@ -31,13 +33,12 @@ class Job:
     batch: int
     seq: int
     remat: str = "full"
+    rank: int = 16
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise PlanError(f"mode is {self.mode!r}: accepted are {', '.join(get_args(Mode))}")
-        if self.mode == "lora":
-            raise PlanError("mode lora: adapters are not built yet; accepted are train, prefill and decode")
-        for name in ("batch", "seq"):
+        for name in ("batch", "seq", "rank"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} is {getattr(self, name)}: accepted is a whole number from 1")
         check_policy(self.remat, on_mesh=True)
@@ -45,7 +46,12 @@ class Job:
     @property
     def trains(self) -> bool:
         """Whether there are gradients and an optimizer."""
-        return self.mode == "train"
+        return self.mode in ("train", "lora")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether those are of adapters alone."""
+        return self.mode == "lora"
 
     @property
     def tokens(self) -> int:

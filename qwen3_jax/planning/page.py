@@ -81,7 +81,19 @@ def _cells(kind: str, values: Sequence[str]) -> str:
 
 
 def _table(rows: list[Row]) -> str:
-    head = ["mesh", "rules", "total GB", *PARTS, "TFLOP", "HBM GB", "step ms", "tokens/s/chip", "MFU", "compiled in s"]
+    head = [
+        "mesh",
+        "rules",
+        "total GB",
+        *PARTS,
+        "TFLOP",
+        "HBM GB",
+        "timed GB",
+        "step ms",
+        "tokens/s/chip",
+        "MFU",
+        "compiled in s",
+    ]
     body = []
     for row in rows:
         program, rate = row.outcome.program, row.tokens_per_second_per_chip
@@ -93,6 +105,7 @@ def _table(rows: list[Row]) -> str:
                 *(gigabytes(row, part) for part in PARTS),
                 f"{program.flops / 1e12:.4g}" if program else "-",
                 f"{program.hbm_bytes / 1e9:,.1f}" if program else "-",
+                f"{program.timed_hbm_bytes / 1e9:,.1f}" if program else "-",
                 milliseconds(row.time.total if row.time else None),
                 "-" if rate is None else f"{rate:,.0f}",
                 "-" if row.mfu is None else f"{row.mfu:.1%}",

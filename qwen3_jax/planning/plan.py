@@ -102,6 +102,7 @@ def record(plan: Plan) -> dict[str, Any]:
         "batch": job.batch,
         "seq": job.seq,
         "remat": job.remat if job.trains else None,
+        "rank": job.rank if job.adapts else None,
         "topology": topology.name,
         "slices": topology.slices,
         "chips": topology.chips,
@@ -129,6 +130,7 @@ def _candidate(plan: Plan, row: Row) -> dict[str, Any]:
         "flops": program.flops if program else None,
         "timed_flops": row.flops,
         "hbm_bytes": program.hbm_bytes if program else None,
+        "timed_hbm_bytes": program.timed_hbm_bytes if program else None,
         "collectives": [
             {**dataclasses.asdict(move.collective), "seconds": move.seconds, "network": move.network} for move in row.moves
         ],

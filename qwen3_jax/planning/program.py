@@ -48,7 +48,8 @@ class Counts:
     Attributes:
         flops: of matrix products and kernels, every loop multiplied by its rounds.
         grouped_flops: those of them that kernels of experts declare: for all rows of their buffers, filled or not.
-        hbm_bytes: read from and written to HBM, likewise; what the compiler placed in VMEM does not count.
+        hbm_bytes: read from and written to HBM, likewise, by the compiler's rules; what it placed in VMEM does not count.
+        timed_hbm_bytes: the same with gathered and scattered rows counted by the lines that they lie in (Shape.line_bytes).
         collectives: merged by kind, axes and overlap, those that send most first.
         unknown: what could not be counted, in words.
     """
@@ -56,6 +57,7 @@ class Counts:
     flops: float
     grouped_flops: float
     hbm_bytes: float
+    timed_hbm_bytes: float
     collectives: tuple[Collective, ...]
     unknown: tuple[str, ...]
 
@@ -135,7 +137,7 @@ def counted(text: str, shape: dict[str, int], memory: int | None = HBM) -> Count
     module = parse(text)
     devices = math.prod(shape.values())
     unknown: list[str] = []
-    flops = moved = 0.0
+    flops = moved = timed = 0.0
     sums: dict[tuple[str, tuple[str, ...], bool], list[float]] = collections.defaultdict(lambda: [0.0, 0])
     ways: dict[tuple[str, tuple[str, ...], bool], dict[Any, float]] = collections.defaultdict(
         lambda: collections.defaultdict(float)
@@ -149,6 +151,7 @@ def counted(text: str, shape: dict[str, int], memory: int | None = HBM) -> Count
         work = each.times * weight(each.computation, each.instruction)
         flops += work
         moved += each.times * bytes_moved(module, each.computation, each.instruction, memory)
+        timed += each.times * bytes_moved(module, each.computation, each.instruction, memory, lines=True)
         if is_kernel(each.instruction):
             row = kernels[kernel_name(each.instruction), counts_kernel(each.computation, each.instruction)]
             row[0] += each.times
@@ -180,6 +183,7 @@ def counted(text: str, shape: dict[str, int], memory: int | None = HBM) -> Count
         flops=flops,
         grouped_flops=sum(work for (name, _), (_, work) in kernels.items() if name in GROUPED),
         hbm_bytes=moved,
+        timed_hbm_bytes=timed,
         collectives=tuple(sorted(merged, key=lambda collective: -collective.bytes)),
         unknown=tuple(dict.fromkeys(unknown)),
     )

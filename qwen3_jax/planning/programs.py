@@ -17,6 +17,7 @@ from qwen3_jax.parallel.rules import RULES, Rules
 from qwen3_jax.planning.job import Job
 from qwen3_jax.training.optimizer import adamw
 from qwen3_jax.training.step import Batch, TrainState, make_train_step
+from qwen3_jax.tune.lora import LoraConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +51,23 @@ def lowered(job: Job, mesh: Mesh, rules: Rules = RULES) -> Lowered:
 
 
 def _training(job: Job, mesh: Mesh, rules: Rules) -> Lowered:
-    params = nnx.state(abstract_model(job.config, mesh, rules=rules), nnx.Param)
+    adapt = LoraConfig(rank=job.rank) if job.adapts else None
+    model = abstract_model(job.config, mesh, rules=rules, param_dtype=jnp.bfloat16 if job.adapts else jnp.float32, adapt=adapt)
+    params, frozen = nnx.state(model, nnx.LoRAParam if job.adapts else nnx.Param, nnx.Param)
     optimizer = adamw(1e-4)
     with jax.set_mesh(mesh):
         opt_state = _on(mesh, jax.eval_shape(optimizer.init, params))
-    state = TrainState(step=_array(mesh, (), jnp.int32), params=params, opt_state=opt_state)
+    state = TrainState(
+        step=_array(mesh, (), jnp.int32), params=params, opt_state=opt_state, frozen=frozen if job.adapts else None
+    )
     shape = (job.batch, job.seq)
     batch = Batch(
         tokens=_rows(mesh, rules, shape, jnp.int32),
         labels=_rows(mesh, rules, shape, jnp.int32),
         mask=_rows(mesh, rules, shape, jnp.float32),
     )
-    step = make_train_step(job.config, optimizer, remat=job.remat, rules=rules)
-    sizes = {"weights": device_bytes(params), "optimizer": device_bytes(opt_state), "batch": device_bytes(batch)}
+    step = make_train_step(job.config, optimizer, remat=job.remat, rules=rules, adapt=adapt)
+    sizes = {"weights": device_bytes(model), "optimizer": device_bytes(opt_state), "batch": device_bytes(batch)}
     return Lowered(step.lower(state, batch), sizes)
 
 

@@ -16,7 +16,8 @@ SOURCES = {
     "flops": "compiled",
     "timed_flops": "compiled, less those of empty rows in the experts' buffers; analytic where the assumptions say so",
     "transport": "what the program was compiled with",
-    "hbm_bytes": "compiled",
+    "hbm_bytes": "compiled, by the compiler's own rules",
+    "timed_hbm_bytes": "compiled, gathered and scattered rows by the 512-byte lines of memory that they lie in",
     "collectives": "compiled",
     "compile_seconds": "measured",
     "bytes.arguments": "compiled",
@@ -115,7 +116,7 @@ def _row(job: Job, topology: Topology, efficiency: Efficiency, candidate: Candid
     moves = tuple(_move(candidate, topology, efficiency, move) for move in program.collectives)
     timed = [(move.seconds, move.collective.overlapped) for move in moves]
     flops = candidate.flops if _lacks_flops(job, topology, program) else _filled_flops(candidate, program)
-    time = step_time(flops, program.hbm_bytes, timed, chip, efficiency)
+    time = step_time(flops, program.timed_hbm_bytes, timed, chip, efficiency)
     taken = _compiled_bytes(candidate, outcome.arguments, program)
     fits = taken["total"] <= chip.hbm
     rate, mfu = None, None
@@ -246,14 +247,27 @@ def assumptions(job: Job, topology: Topology, efficiency: Efficiency, row: Row) 
     ]
     if job.trains:
         said.append("gradients and activations are the analytic model's shares of the compiled temporaries")
-    said.append(
-        "MFU counts 6 FLOPs in training, 2 in inference, per token and active parameter that is multiplied, and causal "
-        "attention; nothing that is computed again"
-    )
+    if job.adapts:
+        said.append(
+            "MFU counts 4 FLOPs per token and active frozen parameter, 6 per parameter of its adapters, and causal attention "
+            "with its gradients; nothing that is computed again"
+        )
+    else:
+        said.append(
+            "MFU counts 6 FLOPs in training, 2 in inference, per token and active parameter that is multiplied, and causal "
+            "attention; nothing that is computed again"
+        )
     said.append("kernels count with the FLOPs and bytes that they declare, whatever they reach")
-    said.append(
-        "rows that are gathered or scattered count with the whole tiles of memory that they lie in, as the compiler counts"
-    )
+    if program is not None and program.timed_hbm_bytes < 0.99 * program.hbm_bytes:
+        said.append(
+            "a row that is gathered or scattered is timed with the 512-byte lines of its tiles that it lies in (128 lanes of "
+            "32 bits: one row of float32, two of bfloat16), as compiled code copies it; not measured on a chip. HBM GB has its "
+            "whole tiles, as the compiler counts"
+        )
+        said.append(
+            f"{row.candidate.wish}: {program.timed_hbm_bytes / 1e9:,.0f} GB of HBM traffic are timed of the compiler's "
+            f"{program.hbm_bytes / 1e9:,.0f}"
+        )
     if row.candidate.transport is not None:
         said.append(
             f"{row.candidate.wish}: tokens travel by {row.candidate.transport} to experts that are used evenly: each buffer is "

@@ -159,6 +159,49 @@ class Parameters:
         return Parameters(**{kind: count * cut.devices(cut.gathered[kind]) for kind, count in vars(self).items()})
 
 
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """Parameters of one device's adapters on one kind of matrices.
+
+    Attributes:
+        embed: of the factors with the embed axis: a [r, D] of what reads the residual stream, b [D, r] of what writes to it.
+        inner: of the others, which have the heads or the width in its place.
+    """
+
+    embed: float
+    inner: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.embed + self.inner
+
+
+def adapters(job: Job, cut: Shares) -> dict[str, Factors]:
+    """The adapters that one device holds: of each matrix of `parameters`, in + out rows of r instead of in x out, cut likewise.
+
+    Args:
+        job: the job.
+        cut: its shares.
+
+    Returns:
+        Kind of parameters -> its factors: attention, dense, experts; none where the job trains no adapters.
+    """
+    config, r = job.config, job.rank
+    if not job.adapts:
+        return {}
+    d, h = config.hidden_size, config.head_dim
+    kinds = [kind.mlp for kind in config.block_kinds()]
+    dense, moe = kinds.count("dense"), kinds.count("moe") * config.num_experts / cut.experts
+    g = {kind: cut.devices(axes) for kind, axes in cut.gathered.items()}
+    heads = 2 * h * (config.num_attention_heads / cut.heads + config.num_key_value_heads / cut.kv_heads)
+    return {
+        "attention": Factors(len(kinds) * 4 * r * d / g["attention"], len(kinds) * r * heads),
+        "dense": Factors(dense * 3 * r * d / g["dense"], dense * 3 * r * config.intermediate_size / cut.mlp),
+        "experts": Factors(moe * 3 * r * d / g["experts"], moe * 3 * r * config.moe_intermediate_size / cut.mlp),
+    }
+
+
 def parameters(job: Job, cut: Shares) -> Parameters:
     """Parameters that one device holds; the vocabulary padded to a multiple of its parts.
 

@@ -74,7 +74,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     console.print(f"    {chip.name}: {chip.source}")
 
 
-TIMES = ("TFLOP", "HBM GB", "products", "memory", "exposed", "step ms", "tokens/s/chip", "MFU")
+TIMES = ("TFLOP", "HBM GB", "timed GB", "products", "memory", "exposed", "step ms", "tokens/s/chip", "MFU")
 
 
 def _times(row: Row) -> list[str]:
@@ -84,6 +84,7 @@ def _times(row: Row) -> list[str]:
     return [
         f"{program.flops / 1e12:.4g}",
         f"{program.hbm_bytes / 1e9:,.1f}",
+        f"{program.timed_hbm_bytes / 1e9:,.1f}",
         *(milliseconds(value) for value in (time.compute, time.hbm, time.exposed, time.total)),
         "-" if row.tokens_per_second_per_chip is None else f"{row.tokens_per_second_per_chip:,.0f}",
         "-" if row.mfu is None else f"{row.mfu:.1%}",

@@ -38,7 +38,7 @@ def mean_loss(
     mask: Float[Array, "B T"] | Int[Array, "B T"] | None = None,
     z_loss: float = 0.0,
 ) -> Float[Array, ""]:
-    """Mean over the tokens that count of what `Qwen3.losses` gives.
+    """Mean over the tokens that count of losses that a call of the model gives (qwen3_jax.model.transformer.Output).
 
     Args:
         losses: negative log-probability of each label.

@@ -185,7 +185,7 @@ def test_the_bounds_of_a_short_conversation_are_not_the_next_one_s(monkeypatch):
         assert render("short {{ x | length }}", {"x": "a" * length}) == f"short {length}"
 
 
-def test_an_interrupt_ends_a_rendering_and_leaves_nothing_behind():
+def test_an_interrupt_ends_a_rendering_and_leaves_nothing_behind(interruptible):
     main = threading.main_thread().ident
     assert main is not None
 

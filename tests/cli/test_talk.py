@@ -147,7 +147,7 @@ def test_chat_thinks_by_budget_and_switches(model):
     assert "thinking off" in done.stdout
 
 
-def test_an_interrupt_stops_the_answer_and_not_the_program(model):
+def test_an_interrupt_stops_the_answer_and_not_the_program(model, interruptible):
     command = [*COMMAND, "chat", str(model), "--max-new-tokens", "20000", "--temperature", "3", "--thinking", "off"]
     command += ["--seed", "4"]  # an answer of 1,700 bytes, two seconds of writing
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -15,9 +15,12 @@ from qwen3_jax.generation.loop import advance, make_settings, start
 SLOTS = 4096
 
 
-@pytest.mark.parametrize("wish, rows", [("", 16), ("fsdp=2,tensor=2", 32)])
+@pytest.mark.parametrize("wish, rows", [("", 16), ("fsdp=2,tensor=2", 31)])
 def test_temporaries_are_a_small_part_of_the_cache(wish, rows):
-    """All of decode: sampling, the thinking budget, one position per row. With the cache as scan inputs they were 100 %."""
+    """All of decode: sampling, the thinking budget, one position per row. With the cache as scan inputs they were 100 %.
+
+    Of 31 rows two shards of them make 32.
+    """
     devices = topologies.get_topology_desc("v5p:2x2x1", "tpu").devices
     mesh = make_mesh(wish, devices=devices) if wish else None
 
@@ -46,6 +49,7 @@ def test_temporaries_are_a_small_part_of_the_cache(wish, rows):
         memory = jax.jit(decode, donate_argnums=1).lower(model, running, settings).compile().memory_analysis()
     shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in (running.out.cache.k, running.out.cache.v)]
     cache = sum(2 * math.prod(shape) for shape in shapes)  # bytes on one chip
+    assert running.out.cache.k.shape[1] == running.done.shape[0] == -(-rows // 2) * 2
     assert memory is not None and cache == (7516192768 if mesh is None else 3758096384)
     assert memory.alias_size_in_bytes > cache
     assert memory.temp_size_in_bytes < 0.15 * cache

@@ -1,5 +1,6 @@
 """Models on a mesh write and score what they do on one device, whatever calls them and whatever else is in the process."""
 
+import dataclasses
 import functools
 import inspect
 
@@ -143,6 +144,19 @@ def test_inside_jit_the_mesh_is_the_parameters():
         jax.jit(functools.partial(run, placed))(tokens)
     with pytest.raises(MeshError, match="lie on a mesh of data=4 x tensor=2, and a mesh of data=8 is set: accepted under jit"):
         within(make_mesh("data=8"), jax.jit(functools.partial(run, placed)), tokens)
+
+
+def test_vmap_over_keys():
+    """Of a model that is closed over, outside of any jit; rows that the mesh does not divide."""
+    model, tokens, keys = random_model("dense"), random_tokens(3, 5), jax.random.split(jax.random.key(1), 2)
+    options = dict(max_new_tokens=6, sampling=Sampling(1.2, top_k=30), logprobs=1)
+
+    def one(model, key):
+        return dataclasses.replace(generate(model, tokens, key=key, **options), cache=None)
+
+    found = jax.vmap(functools.partial(one, on_mesh(model, make_mesh("fsdp=2,tensor=4"))))(keys)
+    for number, key in enumerate(keys):
+        assert_same(jax.tree.map(lambda x, number=number: x[number], found), one(model, key))
 
 
 def within(mesh, run, *args):

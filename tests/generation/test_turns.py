@@ -266,10 +266,12 @@ import sys, jax
 if sys.argv[1] == "64":
     jax.config.update("jax_enable_x64", True)
 import jax.numpy as jnp, numpy as np
-from qwen3_jax import Sampling, ThinkingBudget, generate
-from tests.model.models import random_model
+jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of what the test takes
+from qwen3_jax import Sampling, ThinkingBudget, abstract_model, generate
+from tests.model.models import CONFIGS
 draw = np.random.default_rng(0)  # jax's own draws depend on the setting
-model = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0, 0.3, leaf.shape), jnp.float32), random_model("dense"))
+shapes = abstract_model(CONFIGS["dense"], dtype=jnp.float32)
+model = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0, 0.3, leaf.shape), jnp.float32), shapes)
 options = dict(sampling=Sampling(1.0, 20, 0.9, 0.01, 0.1, 0.1, 1.1), key=jax.random.key(0), stop_tokens=[3], logprobs=2)
 options |= dict(thinking=ThinkingBudget(6, 3, (3,)), logits_hook=lambda logits, written, step: logits + 1)
 first = generate(model, [[5, 6, 7], [8, 9, 0]], lengths=[3, 2], max_new_tokens=9, cache_len=64, **options)

@@ -33,16 +33,25 @@ CONFIGS = {
 # For meshes: a vocabulary that none divides, and heads for eight shards.
 ODD = Qwen3Config(**{**SHAPE, "vocab_size": 93, "num_attention_heads": 8}, **EXPERTS)
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 
 @functools.cache
 def random_model(name: str, seed: int = 0) -> Qwen3:
     """A float32 model of that config, norms and biases random too."""
-    model = jax.jit(lambda: Qwen3(ODD if name == "odd" else CONFIGS[name], rngs=nnx.Rngs(seed), dtype=jnp.float32))()
-    leaves, tree = jax.tree.flatten(model)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return jax.tree.unflatten(
-        tree, [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    )
+
+    # One program, not optimised, that draws for all leaves at once: compilers take seconds over the draws of each shape.
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def make() -> Qwen3:
+        model = Qwen3(ODD if name == "odd" else CONFIGS[name], rngs=nnx.Rngs(seed), dtype=jnp.float32)
+        leaves, tree = jax.tree.flatten(model)
+        keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+        largest = max(leaf.size for leaf in leaves)
+        draws = jax.vmap(lambda key: jax.random.normal(key, (largest,)))(keys)
+        noisy = [leaf + 0.2 * draw[: leaf.size].reshape(leaf.shape) for leaf, draw in zip(leaves, draws, strict=True)]
+        return jax.tree.unflatten(tree, noisy)
+
+    return make()
 
 
 def random_tokens(batch: int, length: int, seed: int = 0) -> jax.Array:

@@ -6,6 +6,7 @@ the time, is machine code, which tests/kernels makes of the kernels for every ch
 
 import functools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -14,8 +15,13 @@ import time
 from pathlib import Path
 
 import pytest
+from jax.sharding import AbstractMesh
 
 from qwen3_jax import Qwen3Config
+from qwen3_jax.parallel.mesh import AXES
+from qwen3_jax.parallel.rules import TRAIN_RULES
+from qwen3_jax.planning.job import Job
+from qwen3_jax.planning.shares import adapters, parameters, shares
 from tools.buffers import Memory, dumped, program_text, read_memory
 
 # Four layers, dense and MoE by turns: one scan of two. Widths are whole tiles, and tell the arrays of a program apart.
@@ -47,7 +53,13 @@ PODS = {
 }
 
 
-DECODED = {"v5e": 16, "v5p": 32, "v6e": 16, "tpu7x": 64}  # rows of decode: eight a chip
+ROWS = {"v5e": 8, "v5p": 5, "v6e": 8, "tpu7x": 8}  # of decode, on each shard of the batch
+
+
+def shards(pod: str, *axes: str) -> int:
+    """Into how many parts these axes of its mesh split an array."""
+    sizes = dict(part.split("=") for part in PODS[pod][1].split(","))
+    return math.prod(int(sizes.get(axis, 1)) for axis in axes)
 
 
 @functools.cache
@@ -58,9 +70,8 @@ def placed(pod: str, mode: str) -> tuple[str, Memory]:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(CONFIG.to_hf()))
         wish = ["--topology", topology, "--mesh", mesh, "--mode", mode, *more]
-        size = (
-            ["--batch", "16", "--seq", str(LENGTH)] if mode == "train" else ["--batch", str(DECODED[pod]), "--seq", str(SLOTS)]
-        )
+        rows, length = (16, LENGTH) if mode != "decode" else (ROWS[pod] * shards(pod, "data", "fsdp", "expert"), SLOTS)
+        size = ["--batch", str(rows), "--seq", str(length)]
         with (folder / "log").open("wb") as log:
             command = [sys.executable, "tools/compile_for_pod.py", name, *wish, *size, "--dump", name]
             child = subprocess.Popen(command, stdout=log, stderr=log)
@@ -94,8 +105,7 @@ def test_no_weight_of_all_layers_is_gathered_or_kept_in_another_dtype(pod):
     text, _ = placed(pod, "train")
     stacks = [line for line in text.splitlines() if re.search(r"= \(?\w+\[2,[\d,]+\].* all-gather(-start)?\(", line)]
     assert not stacks
-    sizes = dict(part.split("=") for part in PODS[pod][1].split(","))
-    fsdp, expert, tensor = (int(sizes.get(axis, 1)) for axis in ("fsdp", "expert", "tensor"))
+    fsdp, expert, tensor = (shards(pod, axis) for axis in ("fsdp", "expert", "tensor"))
     embed = 512 // (fsdp * expert if EMBED[0] in PODS[pod][2] else fsdp)
     for shape in (
         f"{16 // expert},{256 // tensor},{512 // fsdp}",  # experts' gate and up
@@ -107,11 +117,29 @@ def test_no_weight_of_all_layers_is_gathered_or_kept_in_another_dtype(pod):
         assert f"bf16[2,{shape}]" not in text
 
 
+def test_adapters_alone_have_gradients():
+    """Of the frozen model there are bfloat16 stacks, and nothing in float32: no gradient, no moment, no sum of either."""
+    text, memory = placed("v5p", "lora")
+    # Given away are the two factors beside each of 14 matrices and two moments of each, and two counts of steps.
+    assert text.split("\n", 1)[0].count("may-alias") == 3 * 2 * 14 + 2
+    _, full = placed("v5p", "train")
+    for experts in ("8,256,256", "8,256,512", "8,512,256"):  # a shard's, and whole along embed
+        assert f"f32[{experts}]" not in text and f"f32[2,{experts}]" not in text
+    for dense in ("1280,128", "128,1280", "1280,512", "512,1280", "1000,512"):  # and the words
+        assert f"f32[{dense}]" not in text and f"f32[2,{dense}]" not in text
+    assert "bf16[2,8,256,256]" in text and "bf16[2,1280,128]" in text
+    given = Job(CONFIG, "lora", 16, LENGTH)
+    cut = shares(given, AbstractMesh((1, 2, 2, 1, 1), AXES), TRAIN_RULES)
+    factors = sum(each.total for each in adapters(given, cut).values())
+    assert memory.arguments == pytest.approx(2 * parameters(given, cut).total + 12 * factors, rel=0.02)
+    assert memory.temporaries < full.temporaries
+
+
 @pytest.mark.parametrize("pod", PODS)
 def test_decode_writes_its_cache_in_place(pod):
     text, memory = placed(pod, "decode")
     assert text.split("\n", 1)[0].count("may-alias") >= 5
-    cache = 2 * 4 * 8 * (8 if "tensor" in PODS[pod][1] else 16) * SLOTS * 128 * 2
+    cache = 2 * 4 * ROWS[pod] * (16 // shards(pod, "tensor")) * SLOTS * 128 * 2
     assert memory.arguments > cache
     assert memory.temporaries < 0.15 * cache
     assert re.search("jit\\(gmm\\)/pallas_call", text)

@@ -140,21 +140,41 @@ def test_all_to_all_sends_what_is_filled_on_a_tpu():
     assert not any("while" in name for overlap in sent for name in overlap.work)
 
 
-def compiled(transport: str) -> str:
-    """The text of a layer's experts and their gradients for four chips."""
-    mesh = make_mesh(expert=4, devices=topologies.get_topology_desc("v5p:2x2x1", "tpu").devices)
+def test_all_to_all_over_two_axes_beside_a_third_on_a_tpu():
+    """Experts over fsdp and expert, their width over tensor: tokens go to the four chips that differ in the first two."""
+    mesh = make_mesh("fsdp=2,expert=2,tensor=2", devices=topologies.get_topology_desc("v5p:2x2x2", "tpu").devices)
+    rules = dataclasses.replace(RULES.replace(experts=("fsdp", "expert")), dispatch=Dispatch("all_to_all"))
+
+    def layer(*given):
+        with use_rules(rules):
+            return apply_experts(*given)
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(layer).lower(*shapes(mesh, rules)).compile().as_text()
+    assert text is not None
+    sent = re.findall(r"= .*ragged-all-to-all(?:-start)?\(.*replica_groups=\{([^ ]*)\}", text)
+    assert sent and set(sent) == {"{0,2,4,6},{1,3,5,7}"}
+
+
+def shapes(mesh, rules=RULES):
+    """Arguments of `apply_experts`, on chips that are not there."""
 
     def shape(*sizes, names, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, RULES.spec(*names, mesh=mesh)))
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, rules.spec(*names, mesh=mesh)))
 
     rows = ("batch", "seq", None)
-    args = (
+    return (
         (*[shape(8, 256, 512, names=("experts", "mlp", "embed"))] * 2, shape(8, 512, 256, names=("experts", "embed", "mlp"))),
         shape(4, 2048, 512, names=rows),
         shape(4, 2048, 4, names=rows, dtype=jnp.float32),
         shape(4, 2048, 4, names=rows, dtype=jnp.int32),
     )
+
+
+def compiled(transport: str) -> str:
+    """The text of a layer's experts and their gradients for four chips."""
+    mesh = make_mesh(expert=4, devices=topologies.get_topology_desc("v5p:2x2x1", "tpu").devices)
     with jax.set_mesh(mesh):
-        text = run.lower(Dispatch(transport), *args).compile().as_text()
+        text = run.lower(Dispatch(transport), *shapes(mesh)).compile().as_text()
     assert text is not None
     return text

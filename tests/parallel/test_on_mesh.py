@@ -63,9 +63,8 @@ def measured(model: Qwen3, batch: Batch):
     """Everything that is compared, as one program: logits, router, loss, and gradients of loss and router loss."""
 
     def loss(model):
-        out = model(batch.tokens, segment_ids=batch.segment_ids, remat="full")
-        losses, normaliser = model.losses(out.hidden, batch.labels)
-        main = mean_loss(losses, normaliser, batch.labels, batch.mask, 1e-3)
+        out = model(batch.tokens, segment_ids=batch.segment_ids, labels=batch.labels, remat="full")
+        main = mean_loss(out.losses, out.normaliser, batch.labels, batch.mask, 1e-3)
         config = model.config
         balance = load_balancing_loss(out.router, config.num_experts, max(1, config.num_experts_per_tok), batch.mask)
         return main + balance, (out.logits, out.router, main, balance)
@@ -217,6 +216,10 @@ def test_no_buffer_holds_the_logits_of_a_shard_s_tokens(monkeypatch, wish):
     others = {math.prod(sizes) // next(n for n in sizes if n in (words, padded, padded // table)) for sizes in with_words}
     assert {16, config.hidden_size} <= others  # a block's logits, and the table's own width
     assert max(others) < of_a_shard
+    # Between shards of a sequence no states are exchanged for the loss, but two numbers of each token.
+    moved = re.findall(r"= \w+\[([\d,]+)\]\S* collective-permute\(", text)
+    assert bool(moved) == (mesh.shape["context"] > 1)
+    assert not any(str(config.hidden_size) in sizes.split(",") for sizes in moved)
 
 
 def test_the_loss_equals_the_plain_one():

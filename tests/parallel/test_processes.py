@@ -1,5 +1,6 @@
 """Real processes under jax.distributed: the same curve as one process, and an end for all when one ends."""
 
+import json
 import signal
 import socket
 import time
@@ -13,7 +14,9 @@ from qwen3_jax import global_batch, initialize, make_mesh, process_rows
 from qwen3_jax.parallel import processes as started
 from qwen3_jax.parallel.launchers import ProcessesError
 from qwen3_jax.parallel.mesh import MeshError
+from tests.model.models import random_model
 from tests.parallel.launch import Process, free_port, together
+from tests.parallel.write_program import written
 
 HOST = socket.gethostname()
 MESH, STEPS = "data=2,fsdp=2,expert=2", 3
@@ -108,3 +111,18 @@ def test_batches_of_one_process():
         process_rows(mesh, 6)
     with pytest.raises(ValueError, match="4 rows from this process: accepted are its 8 of 8"):
         global_batch(tokens[:4], mesh, 8)
+
+
+def test_two_processes_write_and_score_what_one_device_does():
+    """Both have all of it: three rows, which are padded to the mesh's."""
+    port = free_port()
+    program = ["-m", "tests.parallel.write_program", "data=2,tensor=2"]
+    with together([program] * 2, [environ(2, i, 2, port) for i in range(2)]) as both:
+        lines = [process.read_until("written") for process in both]
+        assert [process.end() for process in both] == [0, 0]
+    wanted = written(random_model("moe"))
+    for line in lines:
+        tokens, logprobs, scores = json.loads(line.removeprefix("written"))
+        np.testing.assert_array_equal(tokens, wanted[0])
+        np.testing.assert_allclose(logprobs, wanted[1], rtol=0, atol=5e-5)
+        np.testing.assert_allclose(scores, wanted[2], rtol=0, atol=5e-5)

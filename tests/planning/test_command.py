@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 from qwen3_jax.cli.main import main
 from qwen3_jax.parallel.rules import RULES
 from qwen3_jax.planning.job import Job
-from qwen3_jax.planning.shares import parameters, shares
+from qwen3_jax.planning.shares import adapters, parameters, shares
 from qwen3_jax.planning.topology import COMPILE_ONLY
 from tests.planning.jobs import TINY
 
@@ -89,6 +89,28 @@ def test_a_training_step_is_planned(folder, tmp_path):
     assert "Failed to find host bounds" not in done.stderr
 
 
+def test_adapters_are_planned(folder, tmp_path):
+    """A frozen model in bfloat16, and three float32 numbers for each parameter of its adapters."""
+    done = run(
+        folder,
+        *("--topology", "v5e:2x2", "--mode", "lora", "--rank", 8, "--batch", 8, "--seq", 128),
+        *("--mesh", "fsdp=4", "--json", tmp_path / "o.json"),
+    )
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "o.json").read_text())
+    (best,) = content["candidates"]
+    assert (content["mode"], content["rank"], best["fits"]) == ("lora", 8, True)
+    work = Job(TINY, "lora", 8, 128, rank=8)
+    cut = shares(work, AbstractMesh(tuple(best["mesh"].values()), tuple(best["mesh"])), RULES.replace(**best["rules"]))
+    pairs = sum(factors.total for factors in adapters(work, cut).values())
+    assert best["bytes"]["weights"] == 2 * parameters(work, cut).total + 4 * pairs
+    assert best["bytes"]["optimizer"] == pytest.approx(8 * pairs, rel=1e-3)  # and two counters
+    assert best["bytes"]["arguments"] == pytest.approx(2 * parameters(work, cut).total + 12 * pairs, rel=0.05)
+    assert best["bytes"]["gradients"] == 4 * pairs
+    assert best["flops"] * 4 == pytest.approx(content["model_flops"], rel=0.4) and 0 < best["mfu"] < 1
+    assert any("4 FLOPs per token and active frozen parameter" in line for line in best["assumptions"])
+
+
 def test_decode_that_fits_on_one_mesh_and_not_on_another(folder, tmp_path):
     """A cache of 40 GB: a fourth of its rows on each device, or all of them, for two key heads cannot be cut in four."""
     done = run(
@@ -111,7 +133,7 @@ def test_decode_that_fits_on_one_mesh_and_not_on_another(folder, tmp_path):
     "change, says",
     [
         ({"--topology": "v5q:2x2"}, "topology 'v5q:2x2': accepted are v5e, v5p, v6e, tpu7x, h100"),
-        ({"--mode": "lora"}, "mode lora: adapters are not built yet"),
+        ({"--mode": "lora", "--rank": "0"}, "rank is 0: accepted is a whole number from 1"),
         ({"--batch": "0"}, "batch is 0"),
         ({"--batch": "3", "--seq": "127", "--topology": "v5e:2x4"}, "no mesh of 8 devices fits 3 rows of 127 tokens in train"),
         ({"--mesh": "tensor=8"}, "tensor=8 is 8, and there are 4 devices"),

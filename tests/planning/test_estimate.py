@@ -14,7 +14,6 @@ from qwen3_jax.parallel.mesh import AXES, MeshError
 from qwen3_jax.parallel.rules import RULES, TRAIN_RULES
 from qwen3_jax.planning.estimate import (
     device_flops,
-    device_hbm_bytes,
     device_memory,
     device_traffic,
     model_flops,
@@ -23,7 +22,9 @@ from qwen3_jax.planning.estimate import (
 )
 from qwen3_jax.planning.job import Job, PlanError
 from qwen3_jax.planning.programs import device_bytes
-from qwen3_jax.planning.shares import parameters, shares
+from qwen3_jax.planning.shares import adapters, parameters, shares
+from qwen3_jax.planning.traffic import device_hbm_bytes
+from qwen3_jax.tune.lora import LoraConfig
 from tests.planning.jobs import job
 
 
@@ -54,6 +55,15 @@ def test_parameters_of_a_device_are_those_of_its_shards(name, rules, wish):
     assert parameters(given, cut).total == held
 
 
+@pytest.mark.parametrize("wish", ["fsdp=4,tensor=2", "fsdp=2,expert=2,tensor=2"])
+@pytest.mark.parametrize("rules", [RULES, TRAIN_RULES], ids=["default", "train"])
+def test_adapters_of_a_device_are_those_of_its_shards(rules, wish):
+    mesh, given = make_mesh(wish), job("mixed", "lora", rank=8)
+    model = abstract_model(given.config, mesh, rules=rules, adapt=LoraConfig(rank=8))
+    held = device_bytes(nnx.state(model, nnx.LoRAParam)) / 4
+    assert sum(factors.total for factors in adapters(given, shares(given, mesh, rules)).values()) == held
+
+
 def test_flops_by_hand():
     """Two dense layers: D 8, two query heads and one key head of 4, F 16, V 32; two rows of 6 tokens on one device."""
     config = Qwen3Config(
@@ -73,6 +83,10 @@ def test_flops_by_hand():
     forward = 2 * (projections + scores + mlp) * tokens
     train = Job(config, "train", 2, 6)
     assert device_flops(train, cut_of(train)) == 4 * forward + 4 * head * tokens
+    lora = Job(config, "lora", 2, 6, rank=2)
+    pairs = 2 * 2 * ((8 + 8) + 2 * (8 + 4) + (8 + 8) + 3 * (8 + 16))  # in + out of q, k and v, o, three of the MLP
+    frozen = 2 * (projections + mlp) * tokens
+    assert device_flops(lora, cut_of(lora)) == 3 * (frozen + head * tokens) + 4 * 2 * (scores + pairs) * tokens
     prefill = Job(config, "prefill", 2, 6)
     assert device_flops(prefill, cut_of(prefill)) == forward + 2 * head  # the head for each row's last token
     decode = Job(config, "decode", 2, 6)
@@ -80,12 +94,18 @@ def test_flops_by_hand():
     norms = 2 * (2 * 8 + 2 * 4) + 8
     matrices = 2 * (projections // 2 + 3 * 8 * 16) + 8 * 32
     assert model_flops(train) == 6 * tokens * (matrices + norms + 2 * 2 * 2 * 4 * 3)
+    assert model_flops(lora) == tokens * (4 * (matrices + norms) + 6 * (2 * pairs // 2 + 2 * 2 * 2 * 4 * 3))
 
 
 def test_model_flops_of_published_models():
     """30B-A3B: 6 x (3,353 M active - 311 M looked up) and 12 x 48 layers x 4096 x half a row."""
     given = Job(Qwen3Config.preset("qwen3-30b-a3b"), "train", 1, 4096)
     assert model_flops(given) == 4096 * (6 * (3_353_032_704 - 151_936 * 2048) + 12 * 48 * 4096 * 2048)
+    # Rank 16: in + out of four projections of attention, of three matrices in 8 of 128 experts.
+    pairs = 48 * 16 * (4 * 2048 + 2 * 128 * (32 + 4) + 8 * 3 * (2048 + 768))
+    lora = dataclasses.replace(given, mode="lora")
+    frozen = 3_353_032_704 - 151_936 * 2048
+    assert model_flops(lora) == 4096 * (4 * frozen + 6 * pairs + 12 * 48 * 4096 * 2048)
     # A tied table is multiplied as the head.
     small = Job(Qwen3Config.preset("qwen3-0.6b"), "decode", 3, 1000)
     assert model_flops(small) == 3 * (2 * 596_049_920 + 4 * 28 * 16 * 128 * 1000)
@@ -98,6 +118,12 @@ def test_memory_by_hand():
     assert memory["weights"] == pytest.approx(4 * 8_190_735_360 / 16, rel=1e-3)
     assert memory["optimizer"] == 2 * memory["weights"] and memory["gradients"] == memory["weights"]
     assert memory["activations"] == 36 * 16384 * 4096 * 2 and memory["cache"] == 0
+    lora = dataclasses.replace(given, mode="lora")
+    memory = device_memory(lora, cut_of(lora, fsdp=16))
+    embed = 36 * 16 * (4 + 3) * 4096 / 16  # a or b of each matrix is split over the embed axis, the other is whole
+    inner = 36 * 16 * (2 * 32 * 128 + 2 * 8 * 128 + 3 * 12288)
+    assert memory["gradients"] == 4 * (embed + inner) and memory["optimizer"] == 2 * memory["gradients"]
+    assert memory["weights"] == pytest.approx(2 * 8_190_735_360 / 16 + memory["gradients"], rel=1e-3)
     serving = Job(Qwen3Config.preset("qwen3-8b"), "decode", 64, 4096)
     memory = device_memory(serving, cut_of(serving, data=4, tensor=4))
     assert memory["cache"] == 2 * 2 * 36 * 16 * 2 * 4096 * 128
@@ -117,6 +143,13 @@ def test_traffic_by_hand():
     gathered = sent(given, fsdp=2)
     assert gathered["all-gather", "weights"] == 2 * 2 * layers / 2
     assert gathered["reduce-scatter", "gradients"] == 4 * layers / 2
+    lora = job("moe", "lora", batch=16, seq=64)
+    found, pairs = sent(lora, fsdp=2), adapters(lora, cut_of(lora, fsdp=2)).values()
+    assert found["all-gather", "weights"] == gathered["all-gather", "weights"]
+    embed, inner = (sum(getattr(factors, name) for factors in pairs) for name in ("embed", "inner"))
+    assert found["all-gather", "adapters"] == 2 * 2 * embed
+    assert (found["reduce-scatter", "gradients"], found["all-reduce", "gradients"]) == (4 * embed, 2 * 4 * inner / 2)
+    assert sent(lora, tensor=2) == tensor  # a product of the frozen matrices less, and none of its sums
     keys = sent(given, context=2)["all-gather", "keys and values"]
     assert keys == 4 * 2 * 4 * (16 * 64 * 2 * 16 * 2) / 2
 
@@ -183,11 +216,12 @@ def test_a_ring_reads_the_experts_that_each_chunk_chose():
         return (device_hbm_bytes(given, cut) - device_hbm_bytes(fewer, cut)) / 2
 
     matrices = 4 * 3 * 32 * 12  # of half the width, of four layers
-    rows = 4 * 2 * 6 * 12  # what a token's rows are narrower
-    assert read() == pytest.approx(8 * (1 - (3 / 4) ** 16) * matrices + 16 * rows)
-    assert read(by("ring"), expert=8) == pytest.approx(8 * (1 - (3 / 4) ** 2) * matrices + 2 * rows)
+    copied = 2 * matrices  # of each expert, out of the stack
+    rows = 32 * 4 * 7 * 12  # buffers hold all that could come: 32 rows at once, or 8 times 4; what those are narrower
+    assert read() == pytest.approx(8 * (1 - (3 / 4) ** 16) * matrices + 8 * copied + rows)
+    assert read(by("ring"), expert=8) == pytest.approx(8 * (1 - (3 / 4) ** 2) * matrices + copied + rows)
     # Gathered, all sixteen rows meet each device's one expert once.
-    assert read(by("gather"), expert=8) == pytest.approx((1 - (3 / 4) ** 16) * matrices + 2 * rows)
+    assert read(by("gather"), expert=8) == pytest.approx((1 - (3 / 4) ** 16) * matrices + copied + rows)
 
 
 @pytest.mark.parametrize("axis", ["data", "fsdp", "expert", "context"])
@@ -202,7 +236,7 @@ def test_more_devices_have_less_to_do(axis):
     assert device_flops(given, four) * 4 == pytest.approx(device_flops(given, one))
 
 
-@pytest.mark.parametrize("mode", ["train", "prefill", "decode"])
+@pytest.mark.parametrize("mode", ["train", "lora", "prefill", "decode"])
 def test_figures_grow_with_the_job(mode):
     small, rows, long = job(mode=mode), job(mode=mode, batch=32), job(mode=mode, seq=128)
     for figure in (device_flops, device_hbm_bytes, lambda given, cut: sum(device_memory(given, cut).values())):
@@ -224,8 +258,8 @@ def test_windows_bound_what_is_seen():
 
 
 def test_jobs_that_are_none():
-    with pytest.raises(PlanError, match="mode lora: adapters are not built yet; accepted are train, prefill and decode"):
-        job(mode="lora")
+    with pytest.raises(PlanError, match="rank is 0: accepted is a whole number from 1"):
+        job(mode="lora", rank=0)
     with pytest.raises(PlanError, match="batch is 0: accepted is a whole number from 1"):
         job(batch=0)
     with pytest.raises(PlanError, match="seq is -1: accepted is a whole number from 1"):

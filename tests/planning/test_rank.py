@@ -24,7 +24,8 @@ SURE = Efficiency(flops=0.5, hbm=0.5, links=0.5)
 PROGRAM = Program(
     flops=459e12,  # 2 s at half the peak of v5p
     grouped_flops=0.0,
-    hbm_bytes=2765e9 / 4,  # 0.5 s
+    hbm_bytes=2765e9,
+    timed_hbm_bytes=2765e9 / 4,  # 0.5 s
     collectives=(
         Collective("all-gather", ("fsdp",), 10**11, 0, True),  # 2 s over 100 GB/s at half
         Collective("all-reduce", ("tensor",), 5 * 10**9, 0, False),  # 0.1 s
@@ -97,6 +98,21 @@ def test_rows_that_stay_empty_are_counted_and_not_timed():
     assert "without the 20% of the experts' buffers that stay empty" in said
     content = record(dataclasses.replace(plan, rows=[row]))["candidates"][0]
     assert (content["flops"], content["timed_flops"]) == (459e12, pytest.approx(379e12))
+
+
+def test_time_is_of_lines_and_the_compiler_s_count_is_kept():
+    """2,765 GB by whole tiles, a quarter of it by lines: half a second at half of v5p's bandwidth."""
+    plan = plan_of(outcome())
+    (row,) = plan.rows
+    content = record(plan)["candidates"][0]
+    assert (content["hbm_bytes"], content["timed_hbm_bytes"]) == (2765e9, 2765e9 / 4)
+    assert content["seconds"]["hbm"] == pytest.approx(0.5)
+    said = "\n".join(assumptions(plan.job, plan.topology, SURE, row))
+    assert "fsdp=2,tensor=2: 691 GB of HBM traffic are timed of the compiler's 2,765" in said
+    assert "512-byte lines of its tiles" in said and "not measured on a chip" in said
+    # Where nothing is gathered, or there are no tiles, there is nothing to say.
+    same = plan_of(outcome(hbm_bytes=2765e9 / 4)).rows[0]
+    assert "512-byte" not in "\n".join(assumptions(plan.job, plan.topology, SURE, same))
 
 
 def test_permutes_in_two_directions_take_half_as_long():
@@ -181,6 +197,8 @@ def test_the_record_the_table_and_the_page_hold_the_same(tmp_path):
     text = " ".join(tree.itertext())
     for words in (
         "10.10",
+        "2,765.0",
+        "691.2",
         "2,100",
         "fits: 10.1 of 102.8 GB",
         "not compiled: stopped <after> 9 s & more",
