@@ -104,7 +104,7 @@ def document(record: Mapping[str, Any], field: str | None = None) -> str | Conve
         return checked_text(value, name)
     if isinstance(value, list):
         return Conversation(_messages(value, name), _tools(record.get("tools")))
-    raise BadRecord(NOT_TEXT, f"{name} is a {type(value).__name__} where text or a list of messages is accepted")
+    raise BadRecord(NOT_TEXT, f"{name} is {type(value).__name__} where text or a list of messages is accepted")
 
 
 def checked_text(text: str, name: str) -> str:
@@ -136,7 +136,7 @@ def _messages(given: list[Any], name: str) -> list[dict[str, Any]]:
     for at, message in enumerate(given):
         place = f"{name}[{at}]"
         if not isinstance(message, Mapping):
-            raise BadRecord(NOT_CHAT, f"{place} is a {type(message).__name__} where an object is accepted")
+            raise BadRecord(NOT_CHAT, f"{place} is {type(message).__name__} where an object is accepted")
         message = {key: value for key, value in message.items() if value is not None}
         if "from" in message and "value" in message and "role" not in message:
             message = {"role": message["from"], "content": message["value"]}
@@ -158,7 +158,7 @@ def _content(message: Mapping[str, Any], place: str) -> str:
             raise BadRecord(NOT_CHAT, f"{place}.content has a part that is no text")
         content = "".join(map(str, texts))
     if not isinstance(content, str):
-        raise BadRecord(NOT_CHAT, f"{place}.content is a {type(content).__name__} where text is accepted")
+        raise BadRecord(NOT_CHAT, f"{place}.content is {type(content).__name__} where text is accepted")
     calls = message.get("tool_calls")
     if not content.strip() and not calls and message.get("role") not in ("tool", "system"):
         raise BadRecord(EMPTY, f"{place}.content is blank")
@@ -182,5 +182,5 @@ def _tools(given: Any) -> list[Any] | None:
     if given is None or given == []:
         return None
     if not isinstance(given, list):
-        raise BadRecord(NOT_CHAT, f"tools is a {type(given).__name__} where a list is accepted")
+        raise BadRecord(NOT_CHAT, f"tools is {type(given).__name__} where a list is accepted")
     return given

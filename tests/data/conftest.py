@@ -1,11 +1,15 @@
 import json
 
+import numpy as np
 import pytest
 
 from qwen3_jax import load_tokenizer
+from qwen3_jax.data.loader import LoaderConfig
+from qwen3_jax.data.mixture import Source
 from qwen3_jax.data.prepare import prepare
 from qwen3_jax.data.worker import Work
 from tests.chat.tiny import SAMPLE
+from tests.data.batches import digits
 from tools.demo.corpus import train_tokenizer
 
 
@@ -35,7 +39,18 @@ def made(tokenizer_folder, tmp_path_factory):
     return make
 
 
-def digits(number, length):
-    """A text of `length` tokens, end of text included: a digit is a token, and the first ones are the number."""
-    text = str(number).rjust(6, "0")
-    return (text * (length // 6 + 1))[: length - 1]
+@pytest.fixture(scope="session")
+def web(made):
+    draw = np.random.default_rng(0)
+    return made([digits(number, int(length)) for number, length in enumerate(draw.integers(8, 60, 300))], piece_bytes=4000)
+
+
+@pytest.fixture(scope="session")
+def books(made):
+    draw = np.random.default_rng(1)
+    return made([digits(1000 + number, int(length)) for number, length in enumerate(draw.integers(50, 200, 40))])
+
+
+@pytest.fixture(scope="session")
+def config(web, books):
+    return LoaderConfig((Source("web", web, 3.0), Source("books", books, 1.0)), seed=5, waiting=4)

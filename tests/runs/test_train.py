@@ -182,7 +182,9 @@ def test_a_sigterm_saves_and_ends_well(straight, prepared, place):
     at_step(process, 3, signal.SIGTERM)
     code, out = finish(process)
     assert code == 0, out
-    stopped = int(re.search(r"told to end: saved at step (\d+) of 14", out).group(1))
+    found = re.search(r"told to end: saved at step (\d+) of 14", out)
+    assert found is not None, out
+    stopped = int(found[1])
     assert 4 <= stopped <= 6
     code, out = finish(begin(prepared, place))
     assert code == 0 and f"goes on at step {stopped}" in out
