@@ -28,20 +28,20 @@ if TYPE_CHECKING:
     from qwen3_jax.training.losses import cross_entropy as cross_entropy
     from qwen3_jax.training.losses import load_balancing_loss as load_balancing_loss
     from qwen3_jax.training.optimizer import adamw as adamw
-    from qwen3_jax.training.step import Batch as Batch
-    from qwen3_jax.training.step import TrainState as TrainState
-    from qwen3_jax.training.step import init_train_state as init_train_state
+    from qwen3_jax.training.state import Batch as Batch
+    from qwen3_jax.training.state import TrainState as TrainState
+    from qwen3_jax.training.state import init_train_state as init_train_state
     from qwen3_jax.training.step import make_train_step as make_train_step
 
 _HOMES = {
-    "Batch": "training.step",
+    "Batch": "training.state",
     "Chat": "chat.session",
     "Generated": "generation.loop",
     "Qwen3": "model.transformer",
     "Qwen3Config": "config",
     "Sampling": "generation.sample",
     "ThinkingBudget": "generation.budget",
-    "TrainState": "training.step",
+    "TrainState": "training.state",
     "abstract_model": "model.abstract",
     "adamw": "training.optimizer",
     "cross_entropy": "training.losses",
@@ -49,7 +49,7 @@ _HOMES = {
     "generate": "generation.loop",
     "global_batch": "parallel.batches",
     "init_cache": "generation.cache",
-    "init_train_state": "training.step",
+    "init_train_state": "training.state",
     "initialize": "parallel.processes",
     "load_balancing_loss": "training.losses",
     "load_tokenizer": "chat.tokenizer",

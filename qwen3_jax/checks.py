@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
-from collections.abc import Iterable
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 # What int32 and float32 hold: positions, token ids and sizes are the one in the model, rates and factors the other.
 LARGEST_INT = 2**31 - 1
@@ -20,7 +20,7 @@ class ConfigError(ValueError):
 @functools.cache
 def field_types(kind: type) -> dict[str, Any]:
     """The type of each field of a dataclass, by name."""
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
@@ -39,7 +39,8 @@ def checked(name: str, given: Any, kind: Any) -> Any:
     Args:
         name: the field, for the message.
         given: what stands there.
-        kind: int, float, bool, str, a Literal of strings, a dataclass, a tuple of these, None, or a union of them.
+        kind: int, float, bool, str, a Literal of strings, a dataclass, a tuple of these, a mapping of names to them, None, or
+            a union of them; Annotated[int, n] is an int of at most n.
 
     Returns:
         The value; a list has become a tuple, and an int a float where a float is meant. A bool stands for nothing else.
@@ -49,6 +50,13 @@ def checked(name: str, given: Any, kind: Any) -> Any:
     """
     options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     for option in options:
+        largest = LARGEST_INT
+        if get_origin(option) is Annotated:
+            option, largest = get_args(option)
+        if option is Any:
+            return given
+        if get_origin(option) is Mapping and isinstance(given, Mapping):
+            return {key: checked(f"{name}.{key}", value, get_args(option)[1]) for key, value in given.items()}
         if get_origin(option) is tuple and isinstance(given, list | tuple) and _fits(given, option):
             return tuple(checked(f"{name}[{at}]", item, get_args(option)[0]) for at, item in enumerate(given))
         if get_origin(option) is Literal and isinstance(given, str):
@@ -58,8 +66,8 @@ def checked(name: str, given: Any, kind: Any) -> Any:
                 raise ConfigError(f"{name} is {shown(given)}: accepted is a finite number of at most {LARGEST_FLOAT:.2g}")
             return float(given)
         if option is int and isinstance(given, int) and not isinstance(given, bool):
-            if abs(given) > LARGEST_INT:
-                raise ConfigError(f"{name} is {shown(given)}: accepted is at most {LARGEST_INT}")
+            if abs(given) > largest:
+                raise ConfigError(f"{name} is {shown(given)}: accepted is at most {largest}")
             return given
         if isinstance(option, type) and option not in (int, float) and get_origin(option) is None and isinstance(given, option):
             return given
@@ -73,6 +81,10 @@ def _fits(given: list[Any] | tuple[Any, ...], kind: Any) -> bool:
 def _told(kind: Any) -> str:
     if kind is type(None):
         return "None"
+    if get_origin(kind) is Annotated:
+        return _told(get_args(kind)[0])
+    if get_origin(kind) is Mapping:
+        return "a table"
     if get_origin(kind) is tuple:
         count = "" if ... in get_args(kind) else f"{len(get_args(kind))} "
         return f"a list of {count}{_told(get_args(kind)[0])}"

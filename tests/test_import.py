@@ -22,6 +22,7 @@ def loaded(statement):
         "from qwen3_jax.cli.main import main; main(['--help'])",
         "import qwen3_jax.cli.chat",
         "import qwen3_jax.cli.plan",
+        "from qwen3_jax.cli.main import main; main(['data', '--help'])",
     ],
 )
 def test_neither_import_nor_help_loads_jax(statement):

@@ -65,12 +65,22 @@ class Team:
         Args:
             message: what this one says; cut off after MESSAGE bytes.
         """
+        return self.texts(message.encode()[:MESSAGE].decode(errors="ignore"))
+
+    def texts(self, text: str) -> list[str]:
+        """What every process has to say, of whatever length, in their order; each waits for all.
+
+        Args:
+            text: what this one says.
+        """
         if self.size == 1:
-            return [message]
-        raw = np.zeros(MESSAGE, np.uint8)
-        text = message.encode()[:MESSAGE]
-        raw[: len(text)] = np.frombuffer(text, np.uint8)
-        return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(raw)]
+            return [text]
+        raw = np.frombuffer(text.encode(), np.uint8)
+        lengths = multihost_utils.process_allgather(np.asarray(len(raw)))
+        padded = np.zeros(max(1, int(lengths.max())), np.uint8)
+        padded[: len(raw)] = raw
+        rows = multihost_utils.process_allgather(padded)
+        return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
 def team_of(mesh: Mesh | None) -> Team:

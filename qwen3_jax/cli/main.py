@@ -9,6 +9,8 @@ from qwen3_jax import __version__
 COMMANDS = {
     "generate": "complete prompts",
     "chat": "talk to a model, thinking or not",
+    "train": "a run of training by a TOML file; or show what it would be",
+    "data": "tokenise text and conversations once, for training",
     "convert": "a model from Hugging Face's form to the native one, back, or to another dtype",
     "plan": "compile a model for a pod that is not there: which mesh, does it fit, how fast",
     "inspect": "a model's shape, tensors and bytes, without reading its weights",

@@ -41,17 +41,17 @@ class Projection(nnx.Module):
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
         """The product in x's dtype, plus the bias; the weight's in axes are the last axes of x, its out axes those of y."""
         out, inner = self.axes[: self.outputs], self.axes[self.outputs :]
-        y = _product(x, self.weight[...], (out, inner))
-        if self.lora is not None:
-            low = _product(x, self.lora.a[...], (("rank",), inner))
-            y = y + self.lora.scale * _product(low, self.lora.b[...], (out, ("rank",)))
+        y = _product(x, cast_in_place(self.weight[...], x.dtype), (out, inner))
+        if self.lora is not None:  # its factors are small: the compiler may convert those of all layers at once
+            a, b = self.lora.a[...].astype(x.dtype), self.lora.b[...].astype(x.dtype)
+            y = y + self.lora.scale * _product(_product(x, a, (("rank",), inner)), b, (out, ("rank",)))
         return y if self.bias is None else y + placed(self.bias[...].astype(x.dtype), *out)
 
 
 def _product(x: Float[Array, "B T ..."], weight: Float[Array, "..."], axes: tuple[tuple[str | None, ...], ...]) -> Array:
     """x, whose last axes are the weight's in axes, times the weight, split along its out and in axes as these say."""
     out_axes, in_axes = axes
-    weight = placed(cast_in_place(weight, x.dtype), *out_axes, *in_axes)
+    weight = placed(weight, *out_axes, *in_axes)
     out, inner = weight.shape[: len(out_axes)], weight.shape[len(out_axes) :]
     # As a plain matrix: with more axes XLA:CPU multiplies vectors at 2 GB/s of weights instead of 28.
     matrix = weight.reshape(math.prod(out), math.prod(inner))

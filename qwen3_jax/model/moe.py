@@ -26,12 +26,16 @@ class Routed:
         dropped: int32 scalar, rows that were sent to an expert and did not come back.
         counts: [B, E] float32, how many of a row's real tokens chose each expert.
         probabilities: [B, E] float32, sums over a row's real tokens of what the router gave each expert.
+        squares: [B] float32, sums over them of the squared log of the router's normaliser: its z-loss (arXiv 2202.08906).
+        entropy: [B] float32, sums over them of the entropy of those probabilities, in nats.
     """
 
     logits: Any
     dropped: Any
     counts: Any
     probabilities: Any
+    squares: Any
+    entropy: Any
 
 
 class MoE(nnx.Module):
@@ -76,9 +80,12 @@ class MoE(nnx.Module):
         # Comparisons and sums rather than a scatter, whose result no mesh could split.
         hits = (experts[..., None] == jnp.arange(logits.shape[-1])).sum(axis=-2)
         counts, sums = ((x * real[..., None]).sum(axis=1, dtype=jnp.float32) for x in (hits, probabilities))
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        entropy = normaliser - (probabilities * logits).sum(axis=-1)
+        squares, entropy = ((x * real).sum(axis=1) for x in (jnp.square(normaliser), entropy))
         matrices = (_matrix(self.gate, self.gate_lora), _matrix(self.up, self.up_lora), _matrix(self.down, self.down_lora))
         out, dropped = apply_experts(matrices, x, weights, experts, layer if self.gate.ndim == 4 else None)
-        return out, Routed(logits, dropped, counts, sums)
+        return out, Routed(logits, dropped, counts, sums, squares, entropy)
 
     def route(self, logits: Float[Array, "*B E"]) -> tuple[Float[Array, "*B E"], Float[Array, "*B k"], Int[Array, "*B k"]]:
         """Float32 probabilities of all experts (softmax), weights and indices of each token's own (the k largest)."""

@@ -41,8 +41,10 @@ class Output:
         dropped: [L_moe] int32, rows of each MoE layer that were sent to an expert and did not come back; all 0 unless the
             rules' dispatch bounds the rounds.
         counts: [L_moe, B, E] float32, how many of each row's real tokens chose each expert.
-        probabilities: [L_moe, B, E] float32, sums over them of the router's probabilities. Training reads these two: router
+        probabilities: [L_moe, B, E] float32, sums over them of the router's probabilities. Training reads these: router
             logits of all layers, which a program that does not ask for them never holds, would be one of its larger arrays.
+        squares: [L_moe, B] float32, sums over them of the squared log of the router's normaliser.
+        entropy: [L_moe, B] float32, sums over them of the entropy of the router's probabilities, in nats.
         losses: [B, T] float32, negative log-probability of each label, or None when no labels were given.
         normaliser: [B, T] float32, log of the normaliser of each softmax over words, or None.
     """
@@ -54,6 +56,8 @@ class Output:
     dropped: Any
     counts: Any
     probabilities: Any
+    squares: Any
+    entropy: Any
     losses: Any
     normaliser: Any
 
@@ -210,11 +214,14 @@ class Qwen3(nnx.Module):
         batch, length = tokens.shape
         router, dropped = jnp.zeros((0, batch, length, self.config.num_experts), jnp.float32), jnp.zeros(0, jnp.int32)
         counts = probabilities = router[:, :, 0]
+        squares = entropy = jnp.zeros((0, batch), jnp.float32)
         if routed:
             router = in_text_order(jnp.concatenate([segment.logits for segment in routed]), axis=2)
             dropped = jnp.concatenate([segment.dropped for segment in routed])
             counts = jnp.concatenate([segment.counts for segment in routed])
             probabilities = jnp.concatenate([segment.probabilities for segment in routed])
+            squares = jnp.concatenate([segment.squares for segment in routed])
+            entropy = jnp.concatenate([segment.entropy for segment in routed])
         if rows is not None and key_values is not None:
             cache = Cache(key_values.k, key_values.v, rows.segments, rows.lengths, rows.positions)
         return Output(
@@ -225,6 +232,8 @@ class Qwen3(nnx.Module):
             dropped=dropped,
             counts=counts,
             probabilities=probabilities,
+            squares=squares,
+            entropy=entropy,
             losses=losses,
             normaliser=normaliser,
         )

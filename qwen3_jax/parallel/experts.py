@@ -2,8 +2,9 @@
 
 Each shard holds some tokens and some experts. A transport (qwen3_jax.parallel.transports) brings tokens to where their experts
 are and the sums back; a cost model picks it (qwen3_jax.parallel.dispatch) unless the run's rules do. The backward pass is a
-journey of its own, with the tokens' cotangents beside them, that keeps nothing of the forward pass but its inputs. Where the
-experts are not split there is nothing to travel; without a mesh the local function is differentiated as it stands.
+journey of its own, with the tokens' cotangents beside them, that keeps nothing of the forward pass but its inputs, and makes
+gradients of those arrays alone that are differentiated: beside a frozen matrix of its adapter's factors. Where the experts are
+not split there is nothing to travel; without a mesh the local function is differentiated as it stands.
 
 Weights split over other axes are gathered in the compute dtype, and the gradient of them is scattered back; a width split
 leaves partial sums, which are added once per chunk at its home.

@@ -11,7 +11,8 @@ All five are always there, those that nobody asked for with size 1, so that no c
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -42,7 +43,7 @@ def make_mesh(wish: str = "", *, slices: int = 1, devices: Sequence[jax.Device] 
             divide `data`.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = _sizes(wish, axes, len(devices))
+    sizes = axis_sizes(wish, len(devices), axes)
     data = sizes["data"]
     if slices < 1 or data % slices:
         raise MeshError(f"slices={slices} with data={data}: accepted are slices that divide data, which runs across them")
@@ -50,7 +51,20 @@ def make_mesh(wish: str = "", *, slices: int = 1, devices: Sequence[jax.Device] 
     return Mesh(_ordered(shape, slices, devices), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def _sizes(wish: str, axes: dict[str, int], count: int) -> dict[str, int]:
+def axis_sizes(wish: str, count: int, axes: Mapping[str, int] = MappingProxyType({})) -> dict[str, int]:
+    """The size of every axis that a wish means.
+
+    Args:
+        wish: as of `make_mesh`.
+        count: devices.
+        axes: sizes by name, beside the wish.
+
+    Returns:
+        Axis -> size, in the order of AXES.
+
+    Raises:
+        MeshError: an unknown axis, a size that is none, sizes whose product is not the number of devices.
+    """
     asked: dict[str, int] = {}
     pairs = [part.partition("=") for part in wish.replace(" ", "").split(",") if part]
     for name, size in [*((name, size) for name, _, size in pairs), *axes.items()]:

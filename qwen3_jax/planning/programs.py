@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen3_jax.generation.cache import init_cache
@@ -16,7 +15,8 @@ from qwen3_jax.model.transformer import Qwen3
 from qwen3_jax.parallel.rules import RULES, Rules
 from qwen3_jax.planning.job import Job
 from qwen3_jax.training.optimizer import adamw
-from qwen3_jax.training.step import Batch, TrainState, make_train_step
+from qwen3_jax.training.state import Batch, abstract_train_state
+from qwen3_jax.training.step import make_train_step
 from qwen3_jax.tune.lora import LoraConfig
 
 
@@ -52,14 +52,9 @@ def lowered(job: Job, mesh: Mesh, rules: Rules = RULES) -> Lowered:
 
 def _training(job: Job, mesh: Mesh, rules: Rules) -> Lowered:
     adapt = LoraConfig(rank=job.rank) if job.adapts else None
-    model = abstract_model(job.config, mesh, rules=rules, param_dtype=jnp.bfloat16 if job.adapts else jnp.float32, adapt=adapt)
-    params, frozen = nnx.state(model, nnx.LoRAParam if job.adapts else nnx.Param, nnx.Param)
     optimizer = adamw(1e-4)
-    with jax.set_mesh(mesh):
-        opt_state = _on(mesh, jax.eval_shape(optimizer.init, params))
-    state = TrainState(
-        step=_array(mesh, (), jnp.int32), params=params, opt_state=opt_state, frozen=frozen if job.adapts else None
-    )
+    param_dtype = jnp.bfloat16 if job.adapts else jnp.float32
+    state = abstract_train_state(job.config, optimizer, mesh, rules=rules, param_dtype=param_dtype, adapt=adapt)
     shape = (job.batch, job.seq)
     batch = Batch(
         tokens=_rows(mesh, rules, shape, jnp.int32),
@@ -67,7 +62,8 @@ def _training(job: Job, mesh: Mesh, rules: Rules) -> Lowered:
         mask=_rows(mesh, rules, shape, jnp.float32),
     )
     step = make_train_step(job.config, optimizer, remat=job.remat, rules=rules, adapt=adapt)
-    sizes = {"weights": device_bytes(model), "optimizer": device_bytes(opt_state), "batch": device_bytes(batch)}
+    weights = device_bytes((state.params, state.frozen))
+    sizes = {"weights": weights, "optimizer": device_bytes(state.opt_state), "batch": device_bytes(batch)}
     return Lowered(step.lower(state, batch), sizes)
 
 

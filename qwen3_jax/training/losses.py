@@ -51,9 +51,24 @@ def mean_loss(
         A scalar, as `cross_entropy`.
     """
     losses = losses + z_loss * jnp.square(normaliser)
-    weights = jnp.ones_like(losses) if mask is None else mask.astype(losses.dtype)
-    weights = jnp.where(labels < 0, 0, weights)
-    return (losses * weights).sum() / _at_least_something(weights.sum())
+    weights = label_weights(labels, mask)
+    return (losses * weights).sum() / at_least_something(weights.sum())
+
+
+def label_weights(
+    labels: Int[Array, "B T"], mask: Float[Array, "B T"] | Int[Array, "B T"] | None = None
+) -> Float[Array, "B T"]:
+    """How much each label counts: its mask, and 0 where it is negative.
+
+    Args:
+        labels: the words.
+        mask: weight of each token; all count when None.
+
+    Returns:
+        Float32 weights.
+    """
+    weights = jnp.ones(labels.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
+    return jnp.where(labels < 0, 0, weights)
 
 
 def load_balancing_loss(
@@ -106,12 +121,12 @@ def balance_of_counts(counts: Float[Array, "L B E"], probabilities: Float[Array,
     """
     if counts.shape[0] == 0:
         return jnp.zeros((), jnp.float32)
-    rows = _at_least_something(counts.sum() / top_k)
+    rows = at_least_something(counts.sum() / top_k)
     share, mean = counts.sum(axis=(0, 1)) / rows, probabilities.sum(axis=(0, 1)) / rows
     return counts.shape[-1] * (share * mean).sum()
 
 
-def _at_least_something(total: Float[Array, ""]) -> Float[Array, ""]:
+def at_least_something(total: Float[Array, ""]) -> Float[Array, ""]:
     """A sum of weights to divide by; 1 where nothing counts."""
     return jnp.where(total == 0, 1, total)
 

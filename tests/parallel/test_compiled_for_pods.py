@@ -40,7 +40,8 @@ CONFIG = Qwen3Config(
     norm_topk_prob=True,
 )
 LENGTH, SLOTS = 1024, 4096
-STATE = 3 * 26 + 2  # parameters and two moments of each, and two counts of steps
+SCALARS = 3 + 4  # counts of the state, of Adam and of the rate; of the guard two counts of bad steps, one of good ones, a scale
+STATE = 3 * 26 + SCALARS  # parameters and two moments of each
 # topology, mesh, further options, the collectives that training must have, and MB that its temporaries stay under: 10 % more
 # than they were.
 EMBED = ("--rule=embed=fsdp+expert", "--rule=vocab=fsdp+expert+tensor")
@@ -120,8 +121,8 @@ def test_no_weight_of_all_layers_is_gathered_or_kept_in_another_dtype(pod):
 def test_adapters_alone_have_gradients():
     """Of the frozen model there are bfloat16 stacks, and nothing in float32: no gradient, no moment, no sum of either."""
     text, memory = placed("v5p", "lora")
-    # Given away are the two factors beside each of 14 matrices and two moments of each, and two counts of steps.
-    assert text.split("\n", 1)[0].count("may-alias") == 3 * 2 * 14 + 2
+    # Given away are the two factors beside each of 14 matrices and two moments of each.
+    assert text.split("\n", 1)[0].count("may-alias") == 3 * 2 * 14 + SCALARS
     _, full = placed("v5p", "train")
     for experts in ("8,256,256", "8,256,512", "8,512,256"):  # a shard's, and whole along embed
         assert f"f32[{experts}]" not in text and f"f32[2,{experts}]" not in text

@@ -18,8 +18,9 @@ from qwen3_jax.parallel import word_losses
 from qwen3_jax.parallel.dispatch import Dispatch
 from qwen3_jax.parallel.mesh import MeshError
 from qwen3_jax.parallel.rules import RULES, Rules
+from qwen3_jax.training.guard import init_guard
 from qwen3_jax.training.losses import cross_entropy, load_balancing_loss, mean_loss
-from qwen3_jax.training.step import TrainState, trained_model
+from qwen3_jax.training.state import TrainState, trained_model
 from tests.model.models import CONFIGS, random_model
 
 ROWS, LENGTH = 8, 64  # 512 tokens
@@ -206,7 +207,9 @@ def test_no_buffer_holds_the_logits_of_a_shard_s_tokens(monkeypatch, wish):
         rows = NamedSharding(mesh, RULES.spec("batch", None, mesh=mesh))
         tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=rows)
         optimizer = optax.sgd(0.1)
-        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
+        state = TrainState(
+            jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params), jax.eval_shape(init_guard)
+        )
         step = make_train_step(config, optimizer, dtype=jnp.float32)
         text = step.lower(state, Batch(tokens, tokens, tokens)).compile().as_text()
     assert text is not None

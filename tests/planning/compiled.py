@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen3_jax import Batch, Qwen3, Qwen3Config, TrainState, abstract_model, adamw, init_cache, make_mesh, make_train_step
 from qwen3_jax.parallel.rules import RULES
+from qwen3_jax.training.guard import init_guard
 
 CONFIG = Qwen3Config(
     vocab_size=2048,
@@ -45,7 +46,8 @@ def training() -> jax.stages.Lowered:
     params, optimizer = nnx.state(abstract_model(CONFIG, pod()), nnx.Param), adamw(1e-3)
     with jax.set_mesh(pod()):
         opt_state = placed(jax.eval_shape(optimizer.init, params))
-    state = TrainState(array((), jnp.int32), params, opt_state)
+    guard = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), jax.eval_shape(init_guard))
+    state = TrainState(array((), jnp.int32), params, opt_state, guard)
     rows = RULES.spec("batch", None, mesh=pod())
     # Rows too short for the attention kernel, whose FLOPs the compiler does not count.
     tokens = array((16, 64), jnp.int32, *rows)

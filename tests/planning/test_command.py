@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh
 
 from qwen3_jax.cli.main import main
 from qwen3_jax.parallel.rules import RULES
+from qwen3_jax.planning.estimate import device_flops
 from qwen3_jax.planning.job import Job
 from qwen3_jax.planning.shares import adapters, parameters, shares
 from qwen3_jax.planning.topology import COMPILE_ONLY
@@ -94,7 +95,7 @@ def test_adapters_are_planned(folder, tmp_path):
     done = run(
         folder,
         *("--topology", "v5e:2x2", "--mode", "lora", "--rank", 8, "--batch", 8, "--seq", 128),
-        *("--mesh", "fsdp=4", "--json", tmp_path / "o.json"),
+        *("--mesh", "data=4", "--json", tmp_path / "o.json"),
     )
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "o.json").read_text())
@@ -107,7 +108,8 @@ def test_adapters_are_planned(folder, tmp_path):
     assert best["bytes"]["optimizer"] == pytest.approx(8 * pairs, rel=1e-3)  # and two counters
     assert best["bytes"]["arguments"] == pytest.approx(2 * parameters(work, cut).total + 12 * pairs, rel=0.05)
     assert best["bytes"]["gradients"] == 4 * pairs
-    assert best["flops"] * 4 == pytest.approx(content["model_flops"], rel=0.4) and 0 < best["mfu"] < 1
+    # Of frozen matrices three products with remat, where training has four.
+    assert best["flops"] == pytest.approx(device_flops(work, cut), rel=0.05) and 0 < best["mfu"] < 1
     assert any("4 FLOPs per token and active frozen parameter" in line for line in best["assumptions"])
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qwen3_jax import cross_entropy, load_balancing_loss
 from qwen3_jax.training.losses import balance_of_counts
-from qwen3_jax.training.step import shares
+from qwen3_jax.training.router import router_metrics
 from tests.model.models import random_model, random_tokens
 
 
@@ -88,4 +88,15 @@ def test_what_the_model_counts_is_what_its_router_says():
     np.testing.assert_allclose(balance_of_counts(out.counts, out.probabilities, top_k), wanted, rtol=1e-6)
     chosen = jax.nn.one_hot(jax.lax.top_k(out.router, top_k)[1], model.config.num_experts).sum(axis=-2)
     np.testing.assert_array_equal(out.counts, (chosen * real[..., None]).sum(axis=2))
-    np.testing.assert_allclose(shares(out.counts.sum(axis=1)).sum(axis=-1), np.ones(out.counts.shape[0]), rtol=1e-6)
+    logits, counted = np.asarray(out.router, np.float64), np.asarray(real)
+    normaliser = np.log(np.exp(logits).sum(-1))
+    p = softmax(logits)
+    np.testing.assert_allclose(out.squares, (normaliser**2 * counted).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(out.entropy, (-(p * np.log(p)).sum(-1) * counted).sum(-1), rtol=1e-5)
+
+
+def test_figures_of_the_router_are_those_of_its_counts():
+    found = router_metrics(jnp.asarray([[2.0, 6, 0, 0], [3, 3, 3, 3]]))
+    np.testing.assert_allclose(found["expert_load"], [[0.25, 0.75, 0, 0], [0.25] * 4])
+    np.testing.assert_allclose(found["max_violation"], [2, 0], atol=1e-6)
+    np.testing.assert_array_equal(found["dead_experts"], [2, 0])

@@ -9,7 +9,7 @@ from flax import nnx
 
 from qwen3_jax import Batch, adamw, cross_entropy, init_train_state, load_balancing_loss, make_train_step
 from qwen3_jax.training.optimizer import decayed
-from qwen3_jax.training.step import trained_model
+from qwen3_jax.training.state import trained_model
 from tests.model.models import CONFIGS, random_model, random_tokens
 
 

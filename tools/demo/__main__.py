@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import qwen3_jax
 from qwen3_jax import Batch, Qwen3Config, Sampling
-from qwen3_jax.training.step import TrainState, trained_model
+from qwen3_jax.training.state import TrainState, trained_model
 from tools.demo.corpus import batches, conversations, train_tokenizer
 from tools.demo.report import (
     answer_panel,

@@ -1,0 +1,93 @@
+"""`qwen3-jax train RUN.toml [--section.key value ...]`: a run of training, or what it would be."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qwen3_jax.runs.schema import Run
+
+WIDEST = 160
+USAGE = """usage: qwen3-jax train RUN.toml [--print-config] [--dry-run] [--help-config] [--section.key value ...]
+
+Train by a run's file. --print-config shows every value and where it came from; --dry-run the mesh, the memory of a chip and
+the tokens, and starts nothing; --help-config every key with its unit. `--stages.general.batch 64` gives another value."""
+SWITCHES = ("--print-config", "--dry-run", "--help-config")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+        argv: the words after `qwen3-jax train`.
+
+    Returns:
+        Exit code.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    switches = [word for word in argv if word in SWITCHES]
+    words = [word for word in argv if word not in SWITCHES]
+
+    from rich.console import Console
+
+    from qwen3_jax.runs.resolve import resolve
+    from qwen3_jax.runs.show import config_table, keys_table
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.width = max(console.width, WIDEST)  # rows that a narrow terminal breaks are better than figures cut off
+    if "--help-config" in switches:
+        console.print(keys_table())
+        return 0
+    if not words or words[0].startswith("--"):
+        print(
+            f"qwen3-jax train: no run is named: accepted is a TOML file first, found {' '.join(words) or 'nothing'}",
+            file=sys.stderr,
+        )
+        return 2
+    resolved = resolve(words[0], words[1:])
+    if "--print-config" in switches:
+        console.print(config_table(resolved))
+    if "--dry-run" in switches:
+        from qwen3_jax.runs.dry_run import dry_run, need_tables
+
+        need = dry_run(resolved.run)
+        for table in need_tables(resolved.run, need):
+            console.print(table)
+        return 0 if need.hbm is None or need.bytes <= need.hbm else 1
+    if switches:
+        return 0
+    return _train(resolved.run, console)
+
+
+def _train(run: "Run", console: "Console") -> int:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from qwen3_jax.runs.train import train
+    from qwen3_jax.training.checkpoints import TrainingCheckpointError
+    from qwen3_jax.training.loop import TrainingError
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(run.name, total=run.steps)
+
+        def told(step: int, figures: Mapping[str, Any]) -> None:
+            loss, rate = figures["loss"], figures["tokens_per_second"]
+            line = f"step {step:,}  {figures['stage']}  loss {loss:.4f}  {rate:,.0f} tokens/s"
+            if figures["mfu"] is not None:
+                line += f"  MFU {figures['mfu']:.1%}"
+            progress.update(task, completed=step + 1, description=line)
+            if not console.is_terminal and (step + 1) % run.watch.every == 0:
+                console.print(line)
+
+        try:
+            ended = train(run, told, progress.console.print)
+        except (TrainingError, TrainingCheckpointError) as error:
+            print(f"qwen3-jax train: {error}", file=sys.stderr)
+            return 1
+    seconds = "  ".join(f"{name} {value:.1f}" for name, value in ended.seconds.items())
+    console.print(f"seconds of this start: {seconds}")
+    return 0

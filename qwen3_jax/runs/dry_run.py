@@ -1,0 +1,140 @@
+"""What a run will need, before anything is started: its mesh, memory and tokens, by the plan's analytic model."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from jax.sharding import AbstractMesh, AxisType
+from rich.table import Table
+
+from qwen3_jax.parallel.mesh import AXES, axis_sizes
+from qwen3_jax.parallel.rules import TRAIN_RULES
+from qwen3_jax.planning.estimate import device_memory
+from qwen3_jax.planning.job import Job
+from qwen3_jax.planning.shares import shares
+from qwen3_jax.planning.topology import parse_topology
+from qwen3_jax.runs.models import model_config
+from qwen3_jax.runs.schema import Run, StageSection
+from qwen3_jax.runs.toml import RunError
+
+GB = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class StageNeed:
+    """A stage in figures.
+
+    Attributes:
+        name: its name.
+        tokens: of the stage.
+        steps: of the optimizer.
+        rows: that a device works on at a time.
+        memory: category -> bytes of a device.
+    """
+
+    name: str
+    tokens: int
+    steps: int
+    rows: float
+    memory: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """A run in figures.
+
+    Attributes:
+        mesh: axis -> size, all five.
+        devices: in all.
+        hbm: bytes of a device; None where no topology is named.
+        parameters: of the model.
+        stages: of the run.
+    """
+
+    mesh: dict[str, int]
+    devices: int
+    hbm: int | None
+    parameters: int
+    stages: tuple[StageNeed, ...]
+
+    @property
+    def bytes(self) -> float:
+        """Of a device, in the stage that needs most."""
+        return max(sum(stage.memory.values()) for stage in self.stages)
+
+
+def stage_job(run: Run, stage: StageSection) -> Job:
+    """What the planner calls the work of one accumulated part of a stage's step.
+
+    Args:
+        run: the run.
+        stage: one of its stages.
+
+    Returns:
+        The job.
+    """
+    config = model_config(run.model)
+    return Job(config, "train", stage.batch // stage.accumulation, stage.seq, run.step.remat)
+
+
+def dry_run(run: Run, devices: int | None = None) -> Need:
+    """Reckon a run.
+
+    Args:
+        run: the run.
+        devices: how many there are, where the run names no topology.
+
+    Returns:
+        Its figures.
+
+    Raises:
+        RunError: neither a topology nor a number of devices.
+        MeshError: a mesh that is none of these devices', a model or batch that does not fit it, with the arithmetic.
+    """
+    topology = None if run.mesh.topology is None else parse_topology(run.mesh.topology, run.mesh.slices)
+    count = topology.devices if topology is not None else devices
+    if count is None:
+        raise RunError("mesh.topology is not given: accepted is the chips that the run is meant for, as v5p:4x4x8")
+    sizes = axis_sizes(run.mesh.axes, count)
+    mesh = AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    rules = TRAIN_RULES.replace_rows(run.mesh.rules)
+    found = []
+    for name, stage in run.stages.items():
+        job = stage_job(run, stage)
+        cut = shares(job, mesh, rules)
+        found.append(StageNeed(name, stage.tokens, stage.steps, job.batch / cut.batch, device_memory(job, cut)))
+    hbm = None if topology is None else topology.chip.hbm
+    return Need(sizes, count, hbm, model_config(run.model).num_params(), tuple(found))
+
+
+def need_tables(run: Run, need: Need) -> Sequence[Table]:
+    """The figures of a dry run.
+
+    Args:
+        run: the run.
+        need: its figures.
+
+    Returns:
+        A table of stages, and one of memory.
+    """
+    axes = ", ".join(f"{axis}={size}" for axis, size in need.mesh.items() if size > 1) or "one device"
+    where = run.mesh.topology or f"{need.devices} devices"
+    stages = Table(
+        "stage", "tokens", "steps", "tokens a step", "rows a device", "tokens a row", title=f"{run.name}: {axes} on {where}"
+    )
+    for stage in need.stages:
+        given = run.stages[stage.name]
+        step = f"{given.batch * given.seq:,}" + (f" in {given.accumulation} parts" if given.accumulation > 1 else "")
+        stages.add_row(stage.name, f"{stage.tokens:,}", f"{stage.steps:,}", step, f"{stage.rows:g}", f"{given.seq:,}")
+    stages.add_row("in all", f"{run.tokens:,}", f"{run.steps:,}", "", "", "")
+    of = "" if need.hbm is None else f" of {need.hbm / GB:.1f}"
+    memory = Table("bytes a device, GB", *(stage.name for stage in need.stages), title="memory, by the analytic model")
+    for kind in need.stages[0].memory:
+        if any(stage.memory[kind] for stage in need.stages):
+            memory.add_row(kind, *(f"{stage.memory[kind] / GB:.2f}" for stage in need.stages))
+    totals = [sum(stage.memory.values()) for stage in need.stages]
+    memory.add_row("in all", *(f"{total / GB:.2f}{of}{_verdict(total, need.hbm)}" for total in totals))
+    return stages, memory
+
+
+def _verdict(total: float, hbm: int | None) -> str:
+    return "" if hbm is None or total <= hbm else f": {(total - hbm) / GB:.1f} too many"

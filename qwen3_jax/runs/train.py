@@ -1,0 +1,247 @@
+"""A run, carried out: everything that its file names is made, or restored, and the loop is started."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from qwen3_jax.chips import load_chips
+from qwen3_jax.config import Qwen3Config
+from qwen3_jax.data.loader import make_loader
+from qwen3_jax.data.state import merge_states
+from qwen3_jax.model.transformer import Qwen3
+from qwen3_jax.parallel.batches import global_batch, process_rows
+from qwen3_jax.parallel.processes import initialize
+from qwen3_jax.parallel.rules import TRAIN_RULES, Rules
+from qwen3_jax.planning.estimate import model_flops
+from qwen3_jax.runs.dry_run import stage_job
+from qwen3_jax.runs.models import model_config
+from qwen3_jax.runs.parts import about, loader_config, lora_config, optimizer_of, policy_of, stage_config
+from qwen3_jax.runs.schema import Run, StageSection
+from qwen3_jax.runs.show import shown
+from qwen3_jax.runs.toml import RunError
+from qwen3_jax.training.checkpoints import Checkpoints
+from qwen3_jax.training.journal import Journal
+from qwen3_jax.training.loop import Loop, Progress, Stage
+from qwen3_jax.training.state import abstract_train_state, init_train_state
+from qwen3_jax.training.step import make_train_step
+from qwen3_jax.training.stopping import Stopping
+from qwen3_jax.tune.lora import attach
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a run ended.
+
+    Attributes:
+        step: steps made in all.
+        done: whether that is all of them; else it was told to end.
+        seconds: where the time of this start went: start, compile, train, data, save, look, restore.
+    """
+
+    step: int
+    done: bool
+    seconds: dict[str, float]
+
+
+def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None, said: Callable[[str], None] = print) -> Ended:
+    """Carry out a run: from its newest checkpoint if it has one, to its end or until a SIGTERM.
+
+    Args:
+        run: the run.
+        told: is shown each step's figures, on process 0.
+        said: is given a line for each thing worth knowing, on process 0.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        RunError: another number of processes than the run names, and what the run's parts refuse.
+    """
+    begun = time.perf_counter()
+    processes = initialize(mesh=run.mesh.axes)
+    wanted = run.mesh.processes
+    if wanted is not None and wanted != processes.count:
+        raise RunError(f"mesh.processes is {wanted}, and {processes.count} started: accepted is a start of {wanted}")
+    mesh, leads = processes.mesh, processes.id == 0
+    if mesh is None:
+        raise RunError("mesh.axes is empty: accepted are sizes by axis, fsdp=-1 for all devices")
+    said = said if leads else _quiet
+    config, rules = model_config(run.model), TRAIN_RULES.replace_rows(run.mesh.rules)
+    rules = dataclasses.replace(rules, dispatch=dataclasses.replace(rules.dispatch, transport=run.mesh.transport))
+    optimizer = optimizer_of(run)
+    folder = Path(run.output) / run.name
+    with Checkpoints(folder / "checkpoints", keep=run.checkpoint.keep, keep_every=run.checkpoint.keep_every) as checkpoints:
+        state, progress = _begin(run, config, mesh, rules, optimizer, checkpoints, said)
+        journal = Journal(folder / "metrics.jsonl", int(state.step), writes=leads)
+        stages = [_stage(run, name, stage, config, mesh, rules, optimizer) for name, stage in run.stages.items()]
+        loop = Loop(
+            stages,
+            policy_of(run),
+            checkpoints,
+            journal,
+            about=about(run),
+            told=told if leads else None,
+            trace=str(folder / "trace"),
+            peak=peak_of(mesh),
+        )
+        start = time.perf_counter() - begun
+        with Stopping() as stopping:
+            state, done = loop.run(state, progress, stopping)
+        journal.close()
+        step = int(state.step)
+        said(f"{'done' if done else 'told to end: saved'} at step {step:,} of {loop.steps:,}")
+    seconds = dict(start=start, **loop.seconds)
+    if leads:
+        with (folder / "starts.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(ended=time.time(), step=step, done=done, seconds=seconds)) + "\n")
+    return Ended(step, done, seconds)
+
+
+def peak_of(mesh: Mesh) -> float | None:
+    """FLOP/s in bfloat16 of a mesh's devices; None of a kind that is not in the list of chips."""
+    kind = mesh.devices.flat[0].device_kind.lower()
+    found = [chip for chip in load_chips().values() if chip.device_kind.lower() == kind]
+    return found[0].bf16_flops * mesh.size if found else None
+
+
+def _quiet(line: str) -> None:
+    del line
+
+
+def _begin(
+    run: Run,
+    config: Qwen3Config,
+    mesh: Mesh,
+    rules: Rules,
+    optimizer: Any,
+    checkpoints: Checkpoints,
+    said: Callable[[str], None],
+) -> tuple[Any, Progress]:
+    """The newest checkpoint that can be read, or a new state."""
+    param_dtype = jnp.dtype(run.model.param_dtype if run.lora is None else run.lora.base_dtype)
+    if checkpoints.steps():
+        options: dict[str, Any] = dict(rules=rules, param_dtype=param_dtype, adapt=lora_config(run))
+        like = abstract_train_state(config, optimizer, mesh, offload=run.optimizer.offload, **options)
+        found = checkpoints.restore(like)
+        if found is not None:
+            for step, reason in found.passed_over.items():
+                said(f"checkpoint {step} cannot be read, so step {found.step} is gone on from: {reason}")
+            said(f"goes on at step {found.step:,}, from {checkpoints.folder}")
+            _say_changes(run, found.run["config"], said)
+            state = found.state
+            if run.lora is not None:  # the base is not saved again and again: it is where it was
+                frozen = nnx.state(_model(run, config, mesh, rules), nnx.LoRAParam, nnx.Param)[1]
+                state = dataclasses.replace(state, frozen=frozen)
+            return state, Progress(**found.run["progress"])
+    model = _model(run, config, mesh, rules)
+    trainable = nnx.Param if run.lora is None else nnx.LoRAParam
+    state = init_train_state(
+        model, optimizer, trainable=trainable, loss_scale=run.step.loss_scale, offload=run.optimizer.offload
+    )
+    return state, Progress()
+
+
+def _say_changes(run: Run, saved: Mapping[str, Any], said: Callable[[str], None]) -> None:
+    here = about(run)["config"]
+
+    def differing(one: Any, other: Any, at: str) -> None:
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            for name in {**one, **other}:
+                differing(one.get(name), other.get(name), f"{at}.{name}" if at else name)
+        elif one != other:
+            said(f"changed since it was saved: {at} {shown(one)} -> {shown(other)}")
+
+    differing(saved, here, "")
+
+
+def _model(run: Run, config: Qwen3Config, mesh: Mesh, rules: Rules) -> Qwen3:
+    """The model before the first step, on the mesh."""
+    section = run.model
+    dtype, param_dtype = jnp.dtype(section.compute_dtype), jnp.dtype(section.param_dtype)
+    if run.lora is not None:
+        param_dtype = jnp.dtype(run.lora.base_dtype)
+    if section.folder is not None and section.weights == "folder":
+        from qwen3_jax.checkpoint.pretrained import from_pretrained
+
+        model = from_pretrained(section.folder, mesh=mesh, dtype=dtype, param_dtype=param_dtype, rules=rules)
+    else:
+        with jax.set_mesh(mesh):
+            model = jax.jit(
+                lambda key: Qwen3(config, rngs=nnx.Rngs(params=key), dtype=dtype, param_dtype=param_dtype, rules=rules)
+            )(jax.random.key(run.seed))
+    adapt = lora_config(run)
+    return model if adapt is None else attach(model, adapt, jax.random.key(run.seed))
+
+
+def _stage(run: Run, name: str, stage: StageSection, config: Qwen3Config, mesh: Mesh, rules: Rules, optimizer: Any) -> Stage:
+    step = make_train_step(
+        stage_config(config, stage),
+        optimizer,
+        dtype=jnp.dtype(run.model.compute_dtype),
+        remat=run.step.remat,
+        z_loss=run.step.z_loss,
+        rules=rules,
+        adapt=lora_config(run),
+        parts=stage.accumulation,
+        balance=run.step.balance,
+        balance_over=run.step.balance_over,
+        router_z_loss=run.step.router_z_loss,
+    )
+    return Stage(
+        name=name,
+        steps=stage.steps,
+        tokens=stage.batch * stage.seq,
+        flops=model_flops(stage_job(run, dataclasses.replace(stage, accumulation=1))),
+        step=step,
+        open_data=lambda at, carried: _StageData(run, stage, mesh, rules, at, carried),
+    )
+
+
+class _StageData:
+    """A stage's loader, its batches put on the mesh."""
+
+    def __init__(
+        self,
+        run: Run,
+        stage: StageSection,
+        mesh: Mesh,
+        rules: Rules,
+        at: Mapping[str, Any] | None,
+        carried: bool,
+    ):
+        self._mesh, self._rules, self._rows = mesh, rules, stage.batch
+        rows = process_rows(mesh, stage.batch, rules)
+        self._loader = make_loader(
+            loader_config(run, stage), batch=stage.batch, seq=stage.seq, rows=rows, prefetch=run.data.prefetch
+        )
+        if at is not None:
+            (self._loader.carry_on if carried else self._loader.restore)(at)
+
+    def __next__(self) -> Any:
+        return global_batch(next(self._loader), self._mesh, self._rows, self._rules)
+
+    def state(self) -> dict[str, Any]:
+        return merge_states(_everybodys(self._loader.state()))
+
+    def report(self) -> dict[str, Any]:
+        return self._loader.report()
+
+    def close(self) -> None:
+        self._loader.close()
+
+
+def _everybodys(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """What every process says, as JSON."""
+    if jax.process_count() == 1:
+        return [state]
+    from qwen3_jax.checkpoint.together import Team
+
+    return [json.loads(text) for text in Team(jax.process_count(), jax.process_index()).texts(json.dumps(state))]

@@ -1,0 +1,235 @@
+"""What a run is saved as, and how it goes on from it.
+
+A checkpoint is one folder, numbered by its step, that appears by a rename once all of it is written: `state` holds every array
+under its name in the tree, `run` what else decides the next step, as JSON: where the data stands, the run's config, the
+versions. Orbax writes in the background, each process its own shards, in chunks of a layer and an expert.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from qwen3_jax.parallel.mesh import on_mesh_of
+
+logger = logging.getLogger(__name__)
+
+# What Orbax and TensorStore raise of files that are missing, cut off or changed.
+BROKEN = (ValueError, OSError, KeyError, TypeError)
+LEAST_CHUNK = 2**18  # bytes; smaller ones cost more than they spare
+
+
+class TrainingCheckpointError(ValueError):
+    """A checkpoint that cannot be written or gone on from: which, what was found, what is accepted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was read.
+
+    Attributes:
+        step: its number.
+        state: the state, laid out as the one that was asked for.
+        run: what was saved beside it.
+        passed_over: newer checkpoints that could not be read, each with the reason.
+    """
+
+    step: int
+    state: Any
+    run: dict[str, Any]
+    passed_over: dict[int, str]
+
+
+class Checkpoints:
+    """The checkpoints of a run, in a folder of their own. Close them, or use them as a context."""
+
+    def __init__(self, folder: Path | str, *, keep: int = 3, keep_every: int | None = None):
+        """Open the folder, or make it; what a killed save has left in it is removed.
+
+        Args:
+            folder: the folder; in an object store too.
+            keep: newest checkpoints that stay.
+            keep_every: steps whose multiples stay for good.
+        """
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_every,
+            cleanup_tmp_directories=True,
+            create=True,
+        )
+        self.folder = Path(folder)
+        self._damaged: set[int] = set()
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=handlers)
+
+    def steps(self) -> list[int]:
+        """The steps of all that are whole, ascending."""
+        return sorted(self._manager.all_steps(read=True))
+
+    def save(self, step: int, state: Any, run: Mapping[str, Any]) -> None:
+        """Begin to save; what the arrays hold now is what is written, though they may be donated afterwards.
+
+        A step that is saved already is left alone, unless it could not be read: then it is written anew.
+
+        Args:
+            step: its number.
+            state: a TrainState.
+            run: JSON.
+
+        Raises:
+            TrainingCheckpointError: this save, or the one before it, has failed: no room, no rights.
+        """
+        with self._told(f"checkpoint {step}"):
+            if step in self._manager.all_steps():
+                if step not in self._damaged:
+                    return
+                self._manager.delete(step)
+                self._damaged.remove(step)
+            arrays = named_arrays(state)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(arrays, save_args=jax.tree.map(_chunks, arrays)),
+                    run=ocp.args.JsonSave(dict(run)),
+                ),
+                force=True,
+            )
+
+    def wait(self) -> None:
+        """Until nothing is being written.
+
+        Raises:
+            TrainingCheckpointError: what was being written has failed.
+        """
+        with self._told("the last checkpoint"):
+            self._manager.wait_until_finished()
+
+    def restore(self, like: Any) -> Restored | None:
+        """The newest checkpoint that can be read.
+
+        Args:
+            like: a TrainState of arrays or shapes with shardings, which may be of another mesh than the one that was saved on.
+
+        Returns:
+            What was read; None where there is none.
+
+        Raises:
+            TrainingCheckpointError: there are some and none can be read, or they are of another model or optimizer.
+        """
+        passed_over: dict[int, str] = {}
+        wanted = named_arrays(like)
+        for step in reversed(self.steps()):
+            self._check_names(step, wanted)
+            restore_args = jax.tree.map(
+                lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype), wanted
+            )
+            try:
+                with on_mesh_of(like):
+                    found = self._manager.restore(
+                        step,
+                        args=ocp.args.Composite(
+                            state=ocp.args.PyTreeRestore(wanted, restore_args=restore_args), run=ocp.args.JsonRestore()
+                        ),
+                    )
+            except Exception as error:
+                # Orbax tells some failed reads as a bare Exception, whose cause is TensorStore's.
+                if not isinstance(error, BROKEN) and not isinstance(error.__cause__, BROKEN):
+                    raise
+                self._damaged.add(step)
+                passed_over[step] = (str(error).splitlines() or [type(error).__name__])[0][:300]
+                logger.warning("checkpoint %d of %s cannot be read, an older one is taken: %s", step, self.folder, error)
+                continue
+            return Restored(step, _in_place(like, found["state"]), found["run"], passed_over)
+        if passed_over:
+            told = "; ".join(f"{step}: {reason}" for step, reason in passed_over.items())
+            raise TrainingCheckpointError(f"{self.folder}: none of its checkpoints can be read: {told}")
+        return None
+
+    def close(self) -> None:
+        """Wait, and let go of the folder."""
+        with self._told("the last checkpoint"):
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _check_names(self, step: int, wanted: dict[str, Any]) -> None:
+        """Refuse a checkpoint of something else; one whose metadata cannot be read is left to the restore."""
+        try:
+            metadata = self._manager.item_metadata(step)["state"]
+        except BROKEN:
+            return
+        if metadata is None or metadata.tree is None:
+            return
+        there = {name: tuple(leaf.shape) for name, leaf in metadata.tree.items()}
+        here = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
+        for name in sorted(there.keys() ^ here.keys()):
+            which = "has" if name in there else "lacks"
+            raise TrainingCheckpointError(
+                f"{self.folder}/{step} {which} {name}: accepted is a checkpoint of this run's model, optimizer and adapters, "
+                "or another output folder"
+            )
+        for name, shape in here.items():
+            if there[name] != shape:
+                raise TrainingCheckpointError(
+                    f"{self.folder}/{step} has {name} of {list(there[name])}, and the run's is {list(shape)}: accepted is a "
+                    "checkpoint of this run's model, or another output folder"
+                )
+
+    def _told(self, what: str) -> "_Told":
+        return _Told(self.folder, what)
+
+
+class _Told:
+    """A block whose failures of the file system are told with the folder they are of."""
+
+    def __init__(self, folder: Path, what: str):
+        self._folder, self._what = folder, what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, (OSError, ValueError)) and not isinstance(error, TrainingCheckpointError):
+            raise TrainingCheckpointError(f"{self._folder}: {self._what} cannot be written: {error}") from error
+
+
+def named_arrays(state: Any) -> dict[str, Any]:
+    """A state's arrays by their names in the tree, `params.embed.weight`; those that are frozen left out.
+
+    Args:
+        state: a TrainState.
+
+    Returns:
+        Name -> array, in the tree's order.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(dataclasses.replace(state, frozen=None))
+    return {_name(path): leaf for path, leaf in leaves}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def _in_place(like: Any, arrays: Mapping[str, Any]) -> Any:
+    held = dataclasses.replace(like, frozen=None)
+    filled = jax.tree_util.tree_map_with_path(lambda path, _: arrays[_name(path)], held)
+    return dataclasses.replace(filled, frozen=like.frozen)
+
+
+def _chunks(leaf: Any) -> ocp.SaveArgs:
+    """A layer and an expert a chunk, where an array has such axes, so that a restore onto another mesh reads what it needs."""
+    local = leaf.sharding.shard_shape(leaf.shape)
+    if len(local) < 3:
+        return ocp.SaveArgs()
+    count = local[0] * (local[1] if len(local) > 3 else 1)
+    size = math.prod(local) * leaf.dtype.itemsize // count
+    return ocp.SaveArgs() if size < LEAST_CHUNK else ocp.SaveArgs(chunk_byte_size=size, shard_axes=(0, 1))

@@ -1,0 +1,83 @@
+"""metrics.jsonl: a line of figures for each step that is written down; a restart takes back those that will come again."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class Journal:
+    """The lines of a run, appended by process 0 alone."""
+
+    def __init__(self, path: Path, first: int, *, writes: bool = True):
+        """Open it for a run that goes on at a step.
+
+        Args:
+            path: the file.
+            first: the next step; lines of it and of later ones, and a line that was cut off, are taken out.
+            writes: whether this process writes; on others nothing happens.
+        """
+        self._file = None
+        if not writes:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            kept = [line for line in read_lines(path) if line.get("step", -1) < first]
+            part = path.with_name(f"{path.name}.part")
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(part, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append a line; numbers that are not finite are written as null beside a word that says which.
+
+        Args:
+            line: JSON, its arrays and numpy scalars as lists and numbers.
+        """
+        if self._file is not None:
+            self._file.write(json.dumps({name: plain(value) for name, value in line.items()}, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it.
+
+    Args:
+        value: a number, an array, or JSON.
+
+    Returns:
+        The same with numbers that are not finite as the words "nan", "inf" and "-inf".
+    """
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(np.asarray(value).tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a journal; a last one that a kill has cut off is left out.
+
+    Args:
+        path: the file.
+
+    Yields:
+        Each line's figures.
+    """
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)

@@ -1,0 +1,312 @@
+"""The loop around a step: stage after stage, saved as it goes, ended when told, every second accounted for.
+
+What a step gives is looked at while the next one runs, so that nothing waits for the host; only a save, a stage's end and the
+run's end wait for the last step.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import jax
+
+from qwen3_jax.training.checkpoints import Checkpoints
+from qwen3_jax.training.journal import Journal, plain
+
+RUNNING_MEAN = 0.98  # share of the past in the mean that a spike is measured against
+
+
+class TrainingError(RuntimeError):
+    """A run that stops by itself: at which step, and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stretch of steps.
+
+    Attributes:
+        name: its name.
+        steps: how many.
+        tokens: of a step, padding counted.
+        flops: of a step, that the model asks for (qwen3_jax.planning.estimate.model_flops).
+        step: state and batch to state and metrics; it takes the state (qwen3_jax.training.step).
+        open_data: makes the stage's data: anew; where a state of it says; or, told True, going on after another stage's.
+    """
+
+    name: str
+    steps: int
+    tokens: int
+    flops: float
+    step: Callable[[Any, Any], tuple[Any, dict[str, Any]]]
+    open_data: Callable[[Mapping[str, Any] | None, bool], Any]
+
+
+@runtime_checkable
+class Data(Protocol):
+    """Batches of a stage on the mesh, and where they stand: what a loop needs of a loader."""
+
+    def __next__(self) -> Any:
+        """The next batch."""
+
+    def state(self) -> dict[str, Any]:
+        """What the next batch depends on, of all processes together, as JSON."""
+
+    def report(self) -> dict[str, Any]:
+        """Utilisation and epochs so far."""
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+
+
+@runtime_checkable
+class Ends(Protocol):
+    """Whether a run has been told to end: qwen3_jax.training.stopping.Stopping."""
+
+    def asked(self, step: int) -> bool:
+        """Whether to end before this step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """When things happen; counts are of steps.
+
+    Attributes:
+        save_every: between saves.
+        write_every: between lines of the journal.
+        look_every: between calls of `look`.
+        not_finite: whether a step that is not finite is left out, or ends the run.
+        max_skipped: steps left out in a row that end the run.
+        spike: nats above the running mean of the loss at which the run goes back to its last checkpoint; None: never.
+        profile: first and last step of a trace.
+    """
+
+    save_every: int = 500
+    write_every: int = 10
+    look_every: int = 500
+    not_finite: Literal["skip", "stop"] = "skip"
+    max_skipped: int = 100
+    spike: float | None = None
+    profile: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands beside its state; JSON, saved with it.
+
+    Attributes:
+        stage: the stage that the data is of; at a stage's end that stage still.
+        data: the data's state; None before the first step.
+        mean: running mean of the loss; None before the first step.
+        rewound: steps that the run went back from, each with the one it went back to.
+    """
+
+    stage: str | None = None
+    data: dict[str, Any] | None = None
+    mean: float | None = None
+    rewound: list[list[int]] = dataclasses.field(default_factory=list)
+
+
+class Loop:
+    """A run in motion."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        policy: Policy,
+        checkpoints: Checkpoints,
+        journal: Journal,
+        *,
+        about: Mapping[str, Any],
+        look: Callable[[int, Any], Mapping[str, Any]] | None = None,
+        told: Callable[[int, Mapping[str, Any]], None] | None = None,
+        trace: str | None = None,
+        peak: float | None = None,
+    ):
+        """Put a run together.
+
+        Args:
+            stages: in order.
+            policy: when things happen.
+            checkpoints: where it is saved.
+            journal: where its figures are written.
+            about: JSON that each checkpoint carries: config, versions.
+            look: measures the state every so often: held-out loss, completions; its figures go to the journal.
+            told: is shown each step's figures.
+            trace: folder of the profiler's trace.
+            peak: FLOP/s of all chips, for the MFU; None where it is not known.
+        """
+        self._stages = stages
+        self._policy = policy
+        self._checkpoints = checkpoints
+        self._journal = journal
+        self._about = dict(about)
+        self._look = look
+        self._told = told
+        self._trace = trace
+        self._tracing = False
+        self._peak = peak
+        self._seen = time.perf_counter()
+        self.seconds: dict[str, float] = dict(train=0.0, compile=0.0, save=0.0, look=0.0, restore=0.0, data=0.0)
+
+    @property
+    def steps(self) -> int:
+        """Of all stages."""
+        return sum(stage.steps for stage in self._stages)
+
+    def run(self, state: Any, progress: Progress, stopping: Ends) -> tuple[Any, bool]:
+        """Train to the end, or until told to end.
+
+        Args:
+            state: where it begins, or what was restored.
+            progress: likewise.
+            stopping: whether it has been told.
+
+        Returns:
+            The last state, which is saved; and whether the run is done.
+
+        Raises:
+            TrainingError: too many steps that were not finite.
+        """
+        at = int(state.step)
+        while at < self.steps:
+            stage, first = self._stage_at(at)
+            data = stage.open_data(progress.data, progress.stage not in (None, stage.name))
+            progress.stage = stage.name
+            try:
+                state, at, ended = self._run_stage(stage, first, state, progress, data, stopping)
+            finally:
+                data.close()
+            if ended:
+                return state, False
+        self._end_trace()
+        self._save(at, state, progress)
+        self._checkpoints.wait()
+        return state, True
+
+    def _stage_at(self, step: int) -> tuple[Stage, int]:
+        first = 0
+        for stage in self._stages:
+            if step < first + stage.steps:
+                return stage, first
+            first += stage.steps
+        raise ValueError(f"step {step} of {self.steps}: accepted is one before the last")
+
+    def _run_stage(
+        self, stage: Stage, first: int, state: Any, progress: Progress, data: Data, stopping: Ends
+    ) -> tuple[Any, int, bool]:
+        at, fresh, waiting = int(state.step), True, None
+        while at < first + stage.steps:
+            if stopping.asked(at):
+                self._settle(waiting, progress)
+                progress.data = data.state()
+                self._save(at, state, progress)
+                self._checkpoints.wait()
+                return state, at, True
+            self._profile(at)
+            begun = time.perf_counter()
+            batch = next(data)
+            fetched = time.perf_counter()
+            state, metrics = stage.step(state, batch)
+            if fresh:
+                jax.block_until_ready(metrics)
+            done = time.perf_counter()
+            self.seconds["data"] += fetched - begun
+            self.seconds["compile" if fresh else "train"] += done - fetched
+            fresh = False
+            back = self._settle(waiting, progress)
+            waiting = (at, stage, metrics)
+            at += 1
+            due = at % self._policy.save_every == 0 or at == first + stage.steps
+            looking = self._look is not None and at % self._policy.look_every == 0
+            if due or looking:
+                back = self._settle(waiting, progress) or back
+                waiting = None
+            if back:
+                state, at = self._rewound(state, at, progress)
+                waiting, fresh = None, False
+                continue
+            if looking and self._look is not None:
+                begun = time.perf_counter()
+                self._journal.write(dict(step=at - 1, stage=stage.name, **self._look(at, state)))
+                self.seconds["look"] += time.perf_counter() - begun
+            if due:
+                progress.data = data.state()
+                self._save(at, state, progress)
+        self._settle(waiting, progress)
+        return state, at, False
+
+    def _settle(self, waiting: tuple[int, Stage, dict[str, Any]] | None, progress: Progress) -> bool:
+        """Look at what a step gave, which waits for it; whether its loss is a spike."""
+        if waiting is None:
+            return False
+        step, stage, metrics = waiting
+        begun = time.perf_counter()
+        small = {name: value.item() for name, value in jax.device_get({k: v for k, v in metrics.items() if not v.ndim}).items()}
+        self.seconds["train"] += time.perf_counter() - begun
+        loss, in_a_row = small["loss"], small["skipped_in_a_row"]
+        if in_a_row and self._policy.not_finite == "stop":
+            raise TrainingError(f"step {step}: loss {loss}, gradient {small['grad_norm']}: the run stops by step.not_finite")
+        if in_a_row >= self._policy.max_skipped:
+            raise TrainingError(f"step {step}: {in_a_row} steps in a row were not finite: the run stops by step.max_skipped")
+        figures = dict(step=step, stage=stage.name, tokens_seen=self._tokens(step + 1), **self._speed(stage), **small)
+        if self._told is not None:
+            self._told(step, figures)
+        if (step + 1) % self._policy.write_every == 0 or in_a_row:
+            self._journal.write(figures | {name: plain(value) for name, value in metrics.items() if value.ndim})
+        mean, spike = progress.mean, self._policy.spike
+        if spike is not None and mean is not None and loss > mean + spike:
+            return True
+        if not in_a_row:
+            progress.mean = loss if mean is None else RUNNING_MEAN * mean + (1 - RUNNING_MEAN) * loss
+        return False
+
+    def _speed(self, stage: Stage) -> dict[str, float | None]:
+        """Tokens a second since the last step that was looked at, and the share of the chips' peak that they are."""
+        now = time.perf_counter()
+        seconds, self._seen = now - self._seen, now
+        mfu = stage.flops / seconds / self._peak if self._peak else None
+        return dict(tokens_per_second=stage.tokens / seconds, mfu=mfu)
+
+    def _tokens(self, steps: int) -> int:
+        total = 0
+        for stage in self._stages:
+            made = min(steps, stage.steps)
+            total, steps = total + made * stage.tokens, steps - made
+        return total
+
+    def _rewound(self, state: Any, at: int, progress: Progress) -> tuple[Any, int]:
+        """The last checkpoint's state; the data stays where it is, past what the loss rose on."""
+        begun = time.perf_counter()
+        self._checkpoints.wait()
+        found = self._checkpoints.restore(state)
+        if found is None:
+            raise TrainingError(f"step {at - 1}: the loss rose by step.spike, and there is no checkpoint yet to go back to")
+        progress.rewound.append([at, found.step])
+        progress.mean = found.run["progress"]["mean"]
+        self._journal.write(dict(step=found.step, rewound_from=at))
+        self.seconds["restore"] += time.perf_counter() - begun
+        return found.state, found.step
+
+    def _save(self, step: int, state: Any, progress: Progress) -> None:
+        begun = time.perf_counter()
+        jax.block_until_ready(state.step)
+        self.seconds["train"] += time.perf_counter() - begun
+        begun = time.perf_counter()
+        self._checkpoints.save(step, state, self._about | dict(progress=dataclasses.asdict(progress)))
+        self.seconds["save"] += time.perf_counter() - begun
+
+    def _profile(self, step: int) -> None:
+        if self._policy.profile is None or self._trace is None:
+            return
+        begin, end = self._policy.profile
+        if not self._tracing and begin <= step <= end:
+            jax.profiler.start_trace(self._trace)
+            self._tracing = True
+        elif step > end:
+            self._end_trace()
+
+    def _end_trace(self) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False

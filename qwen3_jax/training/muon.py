@@ -1,0 +1,120 @@
+"""Muon for stacks of layers on a mesh: optax's orthogonalisation, one layer at a time."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+from optax import contrib
+
+from qwen3_jax.parallel.rules import meshless
+
+# Which axes behind those of layers and experts are a matrix's output: of `[heads, head_dim, embed]` the first two.
+OUTPUTS = {"q": 2, "k": 2, "v": 2, "o": 1, "gate": 1, "up": 1, "down": 1}
+CONSISTENT_RMS = 0.2  # of an update, as AdamW's, so that one learning rate serves both (arXiv 2502.16982, section 2.2)
+
+
+class MuonState(NamedTuple):
+    """Of `scale_by_muon`.
+
+    Attributes:
+        count: int32 scalar, updates so far.
+        mu: momentum.
+    """
+
+    count: Any
+    mu: Any
+
+
+def scale_by_muon(b1: float = 0.95, *, eps: float = 1e-8, mu_dtype: DTypeLike | None = None) -> optax.GradientTransformation:
+    """Momentum (Nesterov's, as of NAdam), then the nearest orthogonal matrix, by Newton and Schulz's iteration.
+
+    The same as `optax.contrib.scale_by_muon` with `consistent_rms`, for leaves that are stacks `[layers, (experts,) out...,
+    in...]` by the names of OUTPUTS. optax works on all layers at once, for which a stack is gathered whole; here a device has
+    one layer of a stack, or its share of the layer's experts, at a time.
+
+    Args:
+        b1: decay of the momentum.
+        eps: added to a matrix's norm.
+        mu_dtype: of the momentum; None: the parameters'.
+
+    Returns:
+        An optax transformation.
+    """
+    # Of no momentum of its own, optax's transformation is its orthogonalisation.
+    orthogonal = contrib.scale_by_muon(beta=0.0, nesterov=False, eps=eps)
+
+    def init(params: Any) -> MuonState:
+        return MuonState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params, dtype=mu_dtype))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        count = optax.safe_increment(state.count)
+        ahead = optax.tree.bias_correction(mu, b1, optax.safe_increment(count))
+        now = optax.tree.bias_correction(updates, b1, count)
+        momentum = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, ahead, now)
+
+        def of_leaf(path: tuple[Any, ...], leaf: Any) -> Any:
+            outputs = OUTPUTS[_matrix(path)]
+            batch = leaf.ndim - 1 - _inputs(_matrix(path)) - outputs
+            return jax.lax.map(lambda layer: _orthogonalised(orthogonal, layer, batch, outputs), leaf)
+
+        return jax.tree_util.tree_map_with_path(of_leaf, momentum), MuonState(count, optax.tree.cast(mu, mu_dtype))
+
+    return optax.GradientTransformation(init, update)
+
+
+def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
+    """Whether a parameter is one that Muon is for: a projection's or expert's matrix, not words, the router, norms or biases.
+
+    Args:
+        path: of the parameter in the tree.
+        leaf: the parameter.
+
+    Returns:
+        True where `scale_by_muon` takes it.
+    """
+    names = names_of(path)
+    return "router" not in names and "bias" not in names and _matrix(path) in OUTPUTS and leaf.ndim >= 3
+
+
+def names_of(path: tuple[Any, ...]) -> list[str]:
+    """The keys of a path as words."""
+    return [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+
+
+def _matrix(path: tuple[Any, ...]) -> str:
+    names = [name for name in names_of(path) if name not in ("weight", "value")]
+    return names[-1] if names else ""
+
+
+def _inputs(name: str) -> int:
+    return 2 if name == "o" else 1
+
+
+def _orthogonalised(orthogonal: Any, layer: Float[Array, "..."], batch: int, outputs: int) -> Float[Array, "..."]:
+    """The matrices of one layer, orthogonal and scaled; gathered whole for it, but for the experts."""
+    layout = None if meshless() else jax.typeof(layer).sharding.spec
+    if layout is not None:
+        layer = jax.sharding.reshard(layer, PartitionSpec(*layout[:batch], *(None,) * (layer.ndim - batch)))
+    lead, out, inner = layer.shape[:batch], layer.shape[batch : batch + outputs], layer.shape[batch + outputs :]
+    rows, columns = 1, 1
+    for size in out:
+        rows *= size
+    for size in inner:
+        columns *= size
+
+    def one(matrix: Float[Array, "O I"]) -> Float[Array, "O I"]:
+        update, _ = orthogonal.update(matrix, orthogonal.init(matrix))
+        return update * (CONSISTENT_RMS * max(rows, columns) ** 0.5)
+
+    flat = layer.reshape(*lead, rows, columns)
+    found = one
+    for _ in range(batch):
+        found = jax.vmap(found)
+    result = found(flat).reshape(layer.shape)
+    return result if layout is None else jax.sharding.reshard(result, layout)

@@ -1,0 +1,78 @@
+"""What a run will need, against sums made by hand; and the runs of configs/."""
+
+from pathlib import Path
+
+import pytest
+
+from qwen3_jax.cli.main import main
+from qwen3_jax.parallel.mesh import MeshError
+from qwen3_jax.runs.dry_run import dry_run
+from qwen3_jax.runs.resolve import resolve
+from qwen3_jax.runs.toml import RunError
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
+RUNS = {path.stem: path for path in CONFIGS}
+
+
+def test_the_runs_are_there():
+    expected = ("demo", "pretrain_0.6b", "three_stages_30b_a3b", "three_stages_235b", "sft_8b", "lora_30b_a3b")
+    assert sorted(RUNS) == sorted(expected)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_each_run_fits_its_mesh_and_its_chips(name, capsys):
+    words = ["--mesh.topology", "v5p:2x2x2"] if name == "demo" else []
+    assert main(["train", str(RUNS[name]), "--dry-run", *words]) == 0
+    assert "too many" not in capsys.readouterr().out
+
+
+def test_memory_is_the_weights_over_the_devices():
+    run = resolve(RUNS["three_stages_30b_a3b"]).run
+    need = dry_run(run)
+    assert need.devices == 128 and need.mesh["fsdp"] * need.mesh["expert"] == 128
+    assert need.parameters == 30_532_122_624
+    for stage in need.stages:
+        # All but norms and router, under a thousandth, is split over all chips.
+        assert stage.memory["weights"] == pytest.approx(4 * need.parameters / 128, rel=2e-3)
+        assert stage.memory["optimizer"] == pytest.approx(8 * need.parameters / 128, rel=2e-3)
+    assert [stage.steps for stage in need.stages] == [120_000, 20_000, 3_200]
+    assert [stage.rows for stage in need.stages] == [4, 4, 1]
+    assert run.tokens == 1_006_632_960_000 + 167_772_160_000 + 26_843_545_600
+
+
+def test_accumulation_divides_what_activations_take():
+    path = RUNS["pretrain_0.6b"]
+    whole = dry_run(resolve(path).run).stages[0].memory
+    parts = dry_run(resolve(path, ["--stages.general.accumulation", "4"]).run).stages[0].memory
+    assert parts["activations"] == whole["activations"] / 4
+    assert parts["weights"] == whole["weights"]
+
+
+def test_a_run_that_does_not_fit_says_by_how_much(capsys):
+    words = ["--mesh.topology", "v5e:2x4", "--stages.general.seq", "32768", "--stages.general.tokens", "8388608000"]
+    assert main(["train", str(RUNS["pretrain_0.6b"]), "--dry-run", *words]) == 1
+    assert "too many" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, kind, said",
+    [
+        (["--mesh.axes", "fsdp=3"], MeshError, "fsdp=3 is 3, and there are 8 devices"),
+        (["--stages", "{ few = { tokens = 16384000, batch = 4 } }"], MeshError, "4 rows over fsdp=8"),
+        (["--model.config.num_layers", "3"], RunError, "unknown key model.config.num_layers: did you mean num_hidden_layers"),
+        (["--model.config.num_hidden_layers", "0"], RunError, "model.config: num_hidden_layers is 0"),
+    ],
+)
+def test_what_cannot_be_is_refused(words, kind, said):
+    with pytest.raises(kind, match=said):
+        dry_run(resolve(RUNS["pretrain_0.6b"], words).run)
+
+
+def test_a_folder_must_hold_the_preset(tmp_path):
+    import json
+
+    from qwen3_jax import Qwen3Config
+
+    (tmp_path / "config.json").write_text(json.dumps(Qwen3Config.preset("qwen3-0.6b").to_hf()))
+    with pytest.raises(RunError, match="is no qwen3-8b: hidden_size 1024, not 4096, num_hidden_layers 28, not 36"):
+        dry_run(resolve(RUNS["sft_8b"], ["--model.folder", str(tmp_path)]).run)

@@ -1,0 +1,205 @@
+"""Runs as processes of their own: a curve, kills that leave no trace in it, an end when told, and starts that are refused."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore as ts
+
+from qwen3_jax.data.prepare import prepare
+from qwen3_jax.data.worker import Work
+from qwen3_jax.training.journal import read_lines
+from tests.chat.tiny import SAMPLE
+from tools.demo.corpus import train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = """\
+name = "tiny"
+output = "{place}/runs"
+
+[model]
+preset = "qwen3-30b-a3b"
+compute_dtype = "float32"
+
+[model.config]
+vocab_size = 400
+hidden_size = 32
+num_hidden_layers = 2
+num_attention_heads = 4
+num_key_value_heads = 2
+head_dim = 16
+intermediate_size = 48
+moe_intermediate_size = 24
+num_experts = 4
+num_experts_per_tok = 2
+max_position_embeddings = 128
+bos_token_id = 0
+eos_token_id = 1
+
+[mesh]
+axes = "fsdp=2,expert=2"
+
+[data.sources.text]
+folder = "{place}/text"
+
+[data.sources.more]
+folder = "{place}/more"
+
+[stages.first]
+tokens = 3072
+batch = 8
+seq = 64
+accumulation = 2
+learning_rate = 1e-2
+warmup = 1024
+mixture = {{ text = 0.75, more = 0.25 }}
+
+[stages.second]
+tokens = 4096
+batch = 4
+seq = 128
+rope_theta = 50000.0
+learning_rate = 3e-3
+mixture = {{ text = 0.5, more = 0.5 }}
+
+[checkpoint]
+every = 3
+
+[watch]
+every = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Two sources and a tokenizer, and a cache of compiled programs that all starts share."""
+    place = tmp_path_factory.mktemp("prepared")
+    train_tokenizer([SAMPLE] * 20, 400, place / "tokenizer")
+    draw = np.random.default_rng(0)
+    for name, count in (("text", 60), ("more", 30)):
+        texts = ["def read(path): return open(path)" * int(draw.integers(1, 5)) + str(at) for at in range(count)]
+        (place / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        prepare([str(place / f"{name}.jsonl")], place / name, Work(str(place / "tokenizer")), workers=0)
+    return place
+
+
+@pytest.fixture
+def place(prepared, tmp_path):
+    (tmp_path / "run.toml").write_text(RUN.format(place=tmp_path))
+    for name in ("text", "more"):
+        (tmp_path / name).symlink_to(prepared / name)
+    return tmp_path
+
+
+def begin(prepared, place, *words):
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_COMPILATION_CACHE_DIR": str(prepared / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "-m", "qwen3_jax.cli.main", "train", str(place / "run.toml"), *words]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    out, _ = process.communicate(timeout=300)
+    return process.returncode, out
+
+
+def at_step(process, step, number):
+    """Send a signal once a step has been told; what was said so far."""
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if re.match(rf"step {step}\b", line):
+            process.send_signal(number)
+            break
+    return "".join(said)
+
+
+def curve(place):
+    lines = read_lines(place / "runs/tiny/metrics.jsonl")
+    return [
+        {name: line[name] for name in ("step", "stage", "loss", "grad_norm", "expert_load", "tokens_seen")} for line in lines
+    ]
+
+
+def final_arrays(place):
+    folder = place / "runs/tiny/checkpoints/14/state"
+    names = json.loads((folder / "_METADATA").read_text())["tree_metadata"].values()
+    found = {}
+    for entry in names:
+        name = ".".join(key["key"] for key in entry["key_metadata"])
+        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{folder}", "path": f"{name}/"}}
+        found[name] = ts.open(spec, open=True).result().read().result()
+    return found
+
+
+@pytest.fixture(scope="module")
+def straight(prepared, tmp_path_factory):
+    place = tmp_path_factory.mktemp("straight")
+    (place / "run.toml").write_text(RUN.format(place=place))
+    for name in ("text", "more"):
+        (place / name).symlink_to(prepared / name)
+    code, out = finish(begin(prepared, place))
+    assert code == 0, out
+    assert "done at step 14 of 14" in out
+    return curve(place), final_arrays(place)
+
+
+def test_a_run_learns_in_its_stages(straight):
+    lines, arrays = straight
+    assert [line["stage"] for line in lines] == ["first"] * 6 + ["second"] * 8
+    assert [line["tokens_seen"] for line in lines] == [512 * n for n in range(1, 15)]
+    assert np.mean([line["loss"] for line in lines[-3:]]) < 0.8 * lines[0]["loss"]
+    assert int(arrays["step"]) == 14 and int(arrays["guard.skipped"]) == 0
+
+
+def test_kills_leave_no_trace_in_curve_or_weights(straight, prepared, place):
+    """Within the first stage, past its end, and near the run's: each start goes on from the newest whole checkpoint."""
+    for step in (2, 7, 12):
+        process = begin(prepared, place)
+        out = at_step(process, step, signal.SIGKILL)
+        assert finish(process)[0] == -signal.SIGKILL, out
+    code, out = finish(begin(prepared, place))
+    assert code == 0, out
+    assert "goes on at step" in out
+    assert curve(place) == straight[0]
+    found = final_arrays(place)
+    assert found.keys() == straight[1].keys()
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, straight[1][name], err_msg=name)
+
+
+def test_a_sigterm_saves_and_ends_well(straight, prepared, place):
+    process = begin(prepared, place)
+    at_step(process, 3, signal.SIGTERM)
+    code, out = finish(process)
+    assert code == 0, out
+    found = re.search(r"told to end: saved at step (\d+) of 14", out)
+    assert found is not None, out
+    stopped = int(found[1])
+    assert 4 <= stopped <= 6
+    code, out = finish(begin(prepared, place))
+    assert code == 0 and f"goes on at step {stopped}" in out
+    assert curve(place) == straight[0]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--mesh.processes", "2"], "mesh.processes is 2, and 1 started: accepted is a start of 2"),
+        (["--mesh.axes", "fsdp=3"], "fsdp=3 is 3, and there are 4 devices"),
+        (["--data.sources.text.folder", "/none"], "/none"),
+    ],
+)
+def test_starts_that_cannot_be_are_refused(prepared, place, words, said):
+    code, out = finish(begin(prepared, place, *words))
+    assert code == 2, out
+    assert said in out.splitlines()[-1]

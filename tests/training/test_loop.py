@@ -1,0 +1,187 @@
+"""The loop around a step: restarts change no bit, stages are exact, bad steps and spikes end or rewind a run."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen3_jax import Batch, adamw, init_train_state, make_train_step
+from qwen3_jax.training.checkpoints import Checkpoints
+from qwen3_jax.training.journal import Journal, read_lines
+from qwen3_jax.training.loop import Loop, Policy, Progress, Stage, TrainingError
+from qwen3_jax.training.schedule import Phase, schedule
+from tests.model.models import CONFIGS, random_model
+
+OPTIMIZER = adamw(schedule([Phase(5, 1e-2), Phase(6, 3e-3, start=1.0)]))
+
+
+class Numbers:
+    """Batch n is drawn with n as seed; a stage of its own has other rows."""
+
+    def __init__(self, rows, at, spoiled=()):
+        self.rows, self.at, self.spoiled = rows, 0 if at is None else at["at"], spoiled
+        self.given = []
+
+    def __next__(self):
+        tokens = np.random.default_rng(self.at).integers(0, 96, (self.rows, 12), np.int32)
+        mask = np.ones(tokens.shape, np.float32)
+        if self.at in self.spoiled:
+            mask[0, 0] = np.nan
+        self.given.append(self.at)
+        self.at += 1
+        return Batch(tokens, np.roll(tokens, -1, 1), mask)
+
+    def state(self):
+        return {"at": self.at, "rows": self.rows}
+
+    def report(self):
+        return {}
+
+    def close(self):
+        self.given.append("closed")
+
+
+@functools.cache
+def step_of(theta):
+    config = dataclasses.replace(CONFIGS["moe"], rope_theta=theta)
+    return make_train_step(config, OPTIMIZER, dtype=jnp.float32)
+
+
+class Asked:
+    """Told to end before these steps."""
+
+    def __init__(self, *steps):
+        self.steps = list(steps)
+
+    def asked(self, step):
+        return step in self.steps
+
+
+def start():
+    return init_train_state(jax.tree.map(jnp.copy, random_model("moe")), OPTIMIZER)
+
+
+def run(folder, *stops, policy=None, spoiled=(), step=step_of, lines=None):
+    """One start of the run; its last state, whether it is done, and the data that it opened."""
+    opened = []
+
+    def open_data(rows):
+        def make(at, carried):
+            assert carried == (rows == 3 and (at is None or at["rows"] == 2))
+            opened.append(Numbers(rows, None if carried else at, spoiled))
+            return opened[-1]
+
+        return make
+
+    stages = [Stage("first", 5, 24, 1e6, step(1e4), open_data(2)), Stage("second", 6, 36, 1e6, step(1e6), open_data(3))]
+    with Checkpoints(folder / "checkpoints", keep=9) as checkpoints:
+        state, progress = start(), Progress()
+        found = checkpoints.restore(state)
+        if found is not None:
+            state, progress = found.state, Progress(**found.run["progress"])
+        journal = Journal(folder / "metrics.jsonl", int(state.step))
+        loop = Loop(stages, policy or Policy(save_every=4, write_every=1), checkpoints, journal, about={"name": "test"})
+        try:
+            state, done = loop.run(state, progress, Asked(*stops))
+        finally:
+            journal.close()
+    return state, done, opened
+
+
+def curve(folder):
+    return [(line["step"], line["stage"], line["loss"], line["tokens_seen"]) for line in read_lines(folder / "metrics.jsonl")]
+
+
+def bits(state):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    state, done, opened = run(folder)
+    assert done
+    return bits(state), curve(folder), [numbers.given for numbers in opened]
+
+
+def test_stages_follow_one_another_to_the_step(straight):
+    _, lines, given = straight
+    assert [(step, stage) for step, stage, *_ in lines] == [(n, "first" if n < 5 else "second") for n in range(11)]
+    assert [tokens for *_, tokens in lines] == [24 * n for n in range(1, 6)] + [120 + 36 * n for n in range(1, 7)]
+    assert given == [[*range(5), "closed"], [*range(6), "closed"]]
+
+
+@pytest.mark.parametrize("stops", [(1,), (4,), (5,), (3, 7, 10)])
+def test_restarts_change_no_bit(straight, tmp_path, stops):
+    """Within a stage, at a save, at a stage's end; the journal is that of a run without a stop."""
+    for at in range(len(stops)):
+        _, done, _ = run(tmp_path, *stops[at : at + 1])
+        assert not done
+    state, done, _ = run(tmp_path)
+    assert done
+    assert bits(state) == straight[0]
+    assert curve(tmp_path) == straight[1]
+
+
+def test_a_run_that_lost_its_last_steps_makes_them_again(straight, tmp_path):
+    """As after a kill: the journal is ahead of the newest checkpoint, and its last line is cut off."""
+
+    class Killed(Exception):
+        pass
+
+    def dies(theta):
+        def step(state, batch):
+            if int(state.step) == 6:
+                raise Killed
+            return step_of(theta)(state, batch)
+
+        return step
+
+    with pytest.raises(Killed):
+        run(tmp_path, step=dies)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    state, done, opened = run(tmp_path)
+    assert done and opened[0].given[0] == 0  # the save at the first stage's end, step 5
+    assert bits(state) == straight[0] and curve(tmp_path) == straight[1]
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_told(tmp_path):
+    state, done, _ = run(tmp_path, spoiled=(2,))
+    lines = list(read_lines(tmp_path / "metrics.jsonl"))
+    assert done and int(state.guard.skipped) == 2  # of each stage the third
+    assert [line["loss"] for line in lines if line["skipped_in_a_row"]] == ["nan", "nan"]
+
+
+@pytest.mark.parametrize(
+    "policy, said",
+    [
+        (Policy(not_finite="stop"), "step 2: loss nan, gradient nan: the run stops by step.not_finite"),
+        (Policy(max_skipped=2), "step 3: 2 steps in a row were not finite: the run stops by step.max_skipped"),
+    ],
+)
+def test_a_run_stops_by_itself(tmp_path, policy, said):
+    with pytest.raises(TrainingError, match=said):
+        run(tmp_path, policy=policy, spoiled=(2, 3))
+
+
+def test_a_spike_rewinds_the_state_and_not_the_data(tmp_path):
+    """Batch 3 of the second stage raises the loss, as if it were poisoned: the run goes back to the stage's beginning."""
+
+    def poisoned(theta):
+        def step(state, batch):
+            state, metrics = step_of(theta)(state, batch)
+            bad = batch.tokens.shape[0] == 3 and (batch.tokens == Numbers(3, {"at": 3}).__next__().tokens).all()
+            return state, metrics | ({"loss": metrics["loss"] + 9} if bad else {})
+
+        return step
+
+    state, done, opened = run(tmp_path, policy=Policy(save_every=100, write_every=1, spike=5.0), step=poisoned)
+    assert done and int(state.step) == 11
+    # Step 8 had the bad batch, which was seen once batch 4 was under way; steps 5 to 10 were then made of batches 5 to 10.
+    assert opened[1].given == [*range(11), "closed"]
+    marks = [line for line in read_lines(tmp_path / "metrics.jsonl") if "rewound_from" in line]
+    assert marks == [{"step": 5, "rewound_from": 10}]
