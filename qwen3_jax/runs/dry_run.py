@@ -13,7 +13,7 @@ from qwen3_jax.planning.job import Job
 from qwen3_jax.planning.shares import shares
 from qwen3_jax.planning.topology import parse_topology
 from qwen3_jax.runs.models import model_config
-from qwen3_jax.runs.schema import Run, StageSection
+from qwen3_jax.runs.schema import OptimizerSection, Run, StageSection
 from qwen3_jax.runs.toml import RunError
 
 GB = 1e9
@@ -73,7 +73,10 @@ def stage_job(run: Run, stage: StageSection) -> Job:
         The job.
     """
     config = model_config(run.model)
-    return Job(config, "train", stage.batch // stage.accumulation, stage.seq, run.step.remat)
+    rows = stage.batch // stage.accumulation
+    if run.lora is None:
+        return Job(config, "train", rows, stage.seq, run.step.remat)
+    return Job(config, "lora", rows, stage.seq, run.step.remat, rank=run.lora.rank)
 
 
 def dry_run(run: Run, devices: int | None = None) -> Need:
@@ -101,9 +104,19 @@ def dry_run(run: Run, devices: int | None = None) -> Need:
     for name, stage in run.stages.items():
         job = stage_job(run, stage)
         cut = shares(job, mesh, rules)
-        found.append(StageNeed(name, stage.tokens, stage.steps, job.batch / cut.batch, device_memory(job, cut)))
+        memory = device_memory(job, cut)
+        memory["optimizer"] *= _share_of_two_moments(run.optimizer)
+        found.append(StageNeed(name, stage.tokens, stage.steps, job.batch / cut.batch, memory))
     hbm = None if topology is None else topology.chip.hbm
     return Need(sizes, count, hbm, model_config(run.model).num_params(), tuple(found))
+
+
+def _share_of_two_moments(optimizer: OptimizerSection) -> float:
+    """What lies on a device of an optimizer's state, over two moments in float32; Muon has one of all but a few parameters."""
+    if optimizer.offload:
+        return 0.0
+    first = 2 if optimizer.moment_dtype == "bfloat16" else 4
+    return (first + (4 if optimizer.name == "adamw" else 0)) / 8
 
 
 def need_tables(run: Run, need: Need) -> Sequence[Table]:

@@ -14,10 +14,12 @@ from qwen3_jax import __version__
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.data.loader import LoaderConfig
 from qwen3_jax.data.mixture import Source
+from qwen3_jax.parallel.rules import Rules
 from qwen3_jax.runs.schema import Run, StageSection
 from qwen3_jax.training.loop import Policy
 from qwen3_jax.training.optimizer import adamw, muon
 from qwen3_jax.training.schedule import Phase, schedule
+from qwen3_jax.training.step import TrainStep, make_train_step
 from qwen3_jax.tune.lora import LoraConfig
 
 MOST_SHARDS = 256
@@ -87,6 +89,34 @@ def lora_config(run: Run) -> LoraConfig | None:
 def stage_config(config: Qwen3Config, stage: StageSection) -> Qwen3Config:
     """The model's config in a stage: positions turn by the stage's own base."""
     return config if stage.rope_theta is None else dataclasses.replace(config, rope_theta=stage.rope_theta)
+
+
+def stage_step(run: Run, stage: StageSection, config: Qwen3Config, rules: Rules, optimizer: Any) -> TrainStep:
+    """The step of a stage.
+
+    Args:
+        run: the run.
+        stage: one of its stages.
+        config: the model's.
+        rules: which mesh axes split what.
+        optimizer: the run's.
+
+    Returns:
+        What trains, or is lowered for devices that are not there.
+    """
+    return make_train_step(
+        stage_config(config, stage),
+        optimizer,
+        dtype=jnp.dtype(run.model.compute_dtype),
+        remat=run.step.remat,
+        z_loss=run.step.z_loss,
+        rules=rules,
+        adapt=lora_config(run),
+        parts=stage.accumulation,
+        balance=run.step.balance,
+        balance_over=run.step.balance_over,
+        router_z_loss=run.step.router_z_loss,
+    )
 
 
 def loader_config(run: Run, stage: StageSection) -> LoaderConfig:

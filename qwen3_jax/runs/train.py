@@ -23,7 +23,7 @@ from qwen3_jax.parallel.rules import TRAIN_RULES, Rules
 from qwen3_jax.planning.estimate import model_flops
 from qwen3_jax.runs.dry_run import stage_job
 from qwen3_jax.runs.models import model_config
-from qwen3_jax.runs.parts import about, loader_config, lora_config, optimizer_of, policy_of, stage_config
+from qwen3_jax.runs.parts import about, loader_config, lora_config, optimizer_of, policy_of, stage_step
 from qwen3_jax.runs.schema import Run, StageSection
 from qwen3_jax.runs.show import shown
 from qwen3_jax.runs.toml import RunError
@@ -31,7 +31,6 @@ from qwen3_jax.training.checkpoints import Checkpoints
 from qwen3_jax.training.journal import Journal
 from qwen3_jax.training.loop import Loop, Progress, Stage
 from qwen3_jax.training.state import abstract_train_state, init_train_state
-from qwen3_jax.training.step import make_train_step
 from qwen3_jax.training.stopping import Stopping
 from qwen3_jax.tune.lora import attach
 
@@ -182,19 +181,7 @@ def _model(run: Run, config: Qwen3Config, mesh: Mesh, rules: Rules) -> Qwen3:
 
 
 def _stage(run: Run, name: str, stage: StageSection, config: Qwen3Config, mesh: Mesh, rules: Rules, optimizer: Any) -> Stage:
-    step = make_train_step(
-        stage_config(config, stage),
-        optimizer,
-        dtype=jnp.dtype(run.model.compute_dtype),
-        remat=run.step.remat,
-        z_loss=run.step.z_loss,
-        rules=rules,
-        adapt=lora_config(run),
-        parts=stage.accumulation,
-        balance=run.step.balance,
-        balance_over=run.step.balance_over,
-        router_z_loss=run.step.router_z_loss,
-    )
+    step = stage_step(run, stage, config, rules, optimizer)
     return Stage(
         name=name,
         steps=stage.steps,

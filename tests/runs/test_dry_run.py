@@ -48,6 +48,13 @@ def test_accumulation_divides_what_activations_take():
     assert parts["weights"] == whole["weights"]
 
 
+def test_adapters_leave_the_base_in_16_bits_without_an_optimizer():
+    need = dry_run(resolve(RUNS["lora_30b_a3b"]).run)
+    memory, pairs = need.stages[0].memory, 844e6  # parameters of rank 16 beside every matrix
+    assert memory["weights"] == pytest.approx((2 * need.parameters + 4 * pairs) / 8, rel=0.1)
+    assert memory["optimizer"] == pytest.approx(8 * pairs / 8, rel=0.2)
+
+
 def test_a_run_that_does_not_fit_says_by_how_much(capsys):
     words = ["--mesh.topology", "v5e:2x4", "--stages.general.seq", "32768", "--stages.general.tokens", "8388608000"]
     assert main(["train", str(RUNS["pretrain_0.6b"]), "--dry-run", *words]) == 1

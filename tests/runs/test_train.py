@@ -16,6 +16,7 @@ from qwen3_jax.data.prepare import prepare
 from qwen3_jax.data.worker import Work
 from qwen3_jax.training.journal import read_lines
 from tests.chat.tiny import SAMPLE
+from tests.parallel.launch import free_port, together
 from tools.demo.corpus import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -189,6 +190,40 @@ def test_a_sigterm_saves_and_ends_well(straight, prepared, place):
     code, out = finish(begin(prepared, place))
     assert code == 0 and f"goes on at step {stopped}" in out
     assert curve(place) == straight[0]
+
+
+def test_two_processes_and_one_make_the_same_run(straight, prepared, place):
+    """Two are told to end, by a signal to each at its own moment, and one goes on: the same data, the curve within 1e-5."""
+    variables = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+        "JAX_NUM_PROCESSES": "2",
+    }
+    command = ["-m", "qwen3_jax.cli.main", "train", str(place / "run.toml"), "--mesh.processes", "2"]
+    with together([command] * 2, [variables | {"JAX_PROCESS_ID": str(at)} for at in range(2)]) as processes:
+        processes[0].read_until("step 7 ")
+        for process in processes:
+            process.signal(signal.SIGTERM)
+        codes = [process.end() for process in processes]
+        said = "\n".join(processes[0].printed)
+        assert codes == [0, 0], processes[0].errors()[-2000:] + processes[1].errors()[-2000:]
+        assert not any(line.startswith("step ") for line in processes[1].printed)
+    found = re.search(r"told to end: saved at step (\d+) of 14", said)
+    assert found is not None, said
+    assert 8 <= int(found[1]) < 14
+    code, out = finish(begin(prepared, place))
+    assert code == 0 and f"goes on at step {found[1]}" in out, out
+    for one, other in zip(curve(place), straight[0], strict=True):
+        for name, value in other.items():
+            if name in ("step", "stage", "tokens_seen"):
+                assert one[name] == value
+            else:
+                np.testing.assert_allclose(one[name], value, rtol=1e-5, atol=1e-6, err_msg=f"{name} of step {one['step']}")
+    found_arrays = final_arrays(place)
+    for name, array in straight[1].items():
+        np.testing.assert_allclose(
+            found_arrays[name], array, rtol=1e-4, atol=1e-5 * max(1.0, np.abs(array).max()), err_msg=name
+        )
 
 
 @pytest.mark.parametrize(
