@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from qwen3_jax.checkpoint.casting import float_dtype
@@ -105,18 +106,19 @@ def load_adapter(model: Qwen3, folder: str | PathLike[str], *, param_dtype: DTyp
         stacked = weights.stacked_dtypes()
         if storage is not None:
             stacked = dict.fromkeys(stacked, storage)
-    graph, factors, rest = nnx.split(attach(model, lora, jax.random.key(0)), nnx.LoRAParam, ...)
+    # Places for what is read: of no memory, nothing drawn.
+    abstract = jax.eval_shape(lambda model: attach(model, lora, jax.random.key(0)), model)
+    graph, factors, _ = nnx.split(abstract, nnx.LoRAParam, ...)
     shapes = {
-        path: jax.ShapeDtypeStruct(leaf.shape, stacked[path], sharding=None if mesh is None else leaf.sharding)
+        path: jax.ShapeDtypeStruct(
+            leaf.shape, stacked[path], sharding=None if mesh is None else NamedSharding(mesh, leaf.sharding.spec)
+        )
         for path, leaf in parameters(factors).items()
     }
-    factors = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), factors
-    )  # of no memory, until they are read
     with system_errors(folder):
         values = filled(weights, stacked) if mesh is None else load(weights, shapes, team)
     nnx.replace_by_pure_dict(factors, nested(values))
-    return nnx.merge(graph, factors, rest)
+    return nnx.merge(graph, factors, nnx.state(model))
 
 
 def _opened(folder: Path, config: Qwen3Config) -> tuple[Weights, LoraConfig]:

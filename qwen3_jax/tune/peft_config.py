@@ -113,16 +113,17 @@ def from_peft(folder: Path, config: Qwen3Config) -> LoraConfig:
     said.one_of("use_rslora", (None, False, True))
     said.nothing_else()
     rank, alpha = given.get("r"), given.get("lora_alpha")
-    for field, value in (("r", rank), ("lora_alpha", alpha)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise said.refused(field, "a number above 0")
+    if type(rank) is not int or rank < 1:
+        raise said.refused("r", "a whole number above 0")
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise said.refused("lora_alpha", "a number above 0")
     said.same_everywhere("rank_pattern", rank)
     said.same_everywhere("alpha_pattern", alpha)
     said.every_layer(config.num_hidden_layers)
     if given.get("use_rslora"):
-        alpha *= math.sqrt(rank)
+        alpha *= math.sqrt(rank)  # so that over the rank it is what it was over the root
     try:
-        return LoraConfig(rank=rank, alpha=alpha, targets=_targets(said, config))
+        return LoraConfig(rank=rank, alpha=float(alpha), targets=_targets(said, config))
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from error
 

@@ -1,6 +1,6 @@
 """The models and adapters that are compared with PEFT: configs as data, every weight and factor by a seeded draw.
 
-Imports numpy alone, so that the script that writes the fixtures (tools/make_peft_fixtures.py) can read it in PEFT's environment.
+Imports numpy alone, so that the script that writes the fixtures (tools/make_peft_fixtures.py) can read it too.
 """
 
 from typing import Any
