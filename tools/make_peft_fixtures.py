@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path.insert(0, str(ROOT))
 from tests.parity import cases  # noqa: E402
 from tests.tune import peft_cases  # noqa: E402
 
@@ -44,7 +44,8 @@ def write_fixtures(folder):
     import peft
     import torch
     import transformers
-    from make_parity_fixtures import build
+
+    from tools.make_parity_fixtures import build
 
     major = int(transformers.__version__.split(".")[0])
     for name, (content, told, written_by) in peft_cases.WRITTEN_BY_PEFT.items():
@@ -68,7 +69,8 @@ def write_fixtures(folder):
 def check(folder):
     """Read every adapter that `write_ours` has written."""
     import peft
-    from make_parity_fixtures import build
+
+    from tools.make_parity_fixtures import build
 
     print(versions())
     failed = 0

@@ -113,9 +113,9 @@ def from_peft(folder: Path, config: Qwen3Config) -> LoraConfig:
     said.one_of("use_rslora", (None, False, True))
     said.nothing_else()
     rank, alpha = given.get("r"), given.get("lora_alpha")
-    if type(rank) is not int or rank < 1:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise said.refused("r", "a whole number above 0")
-    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
         raise said.refused("lora_alpha", "a number above 0")
     said.same_everywhere("rank_pattern", rank)
     said.same_everywhere("alpha_pattern", alpha)

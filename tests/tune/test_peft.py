@@ -1,6 +1,5 @@
 """Adapter folders: PEFT's own read to its logits, ours the same to the bit after any way round, all else refused by name."""
 
-import dataclasses
 import errno
 import itertools
 import json
@@ -94,14 +93,14 @@ def test_the_table_is_a_bijection_between_names_and_places(config):
         assert slot.shape == {"lora_A": (4, weight.shape[1]), "lora_B": (weight.shape[0], 4)}[factor]
 
 
-@pytest.mark.parametrize("name, wish", [("dense", "fsdp=2,tensor=4"), ("alternating", "fsdp=2,expert=2,tensor=2")])
-def test_round_trip_on_one_device_and_on_a_mesh(name, wish, tmp_path):
+def test_round_trip_on_one_device_and_on_a_mesh(tmp_path):
     """Bits of the factors, bytes of the files, and layouts as `attach` makes them."""
+    name, wish = "alternating", "fsdp=2,expert=2,tensor=2"
     model = adapted(name)
     save_adapter(model, tmp_path / "one", base=Path("models/base"))
     read = load_adapter(random_model(name), tmp_path / "one")
     assert_same(read, model)
-    assert config_of(read) == dataclasses.replace(LORA, targets=tuple(t for t in LORA.targets if t != "moe" or name != "dense"))
+    assert config_of(read) == LORA
     save_adapter(read, tmp_path / "two", "models/base")
     spread = on_mesh(model, make_mesh(wish), RULES)
     save_adapter(spread, tmp_path / "mesh", "models/base")
