@@ -31,6 +31,7 @@ from qwen3_jax.model.transformer import Qwen3
 from qwen3_jax.parallel.mesh import mesh_of
 from qwen3_jax.tune.lora import LoraConfig, adapted, attach, config_of
 from qwen3_jax.tune.peft_config import CONFIG, from_peft, to_peft
+from qwen3_jax.tune.peft_fused import file_shapes, readers
 from qwen3_jax.tune.peft_names import adapter_slots
 
 WEIGHTS = "adapter_model.safetensors"
@@ -128,21 +129,20 @@ def _opened(folder: Path, config: Qwen3Config) -> tuple[Weights, LoraConfig]:
         for needed in (folder / CONFIG, file):
             if not needed.is_file():
                 raise CheckpointError(f"{folder}: {needed.name} is not there; accepted is a folder with {CONFIG} and {WEIGHTS}")
-    lora = from_peft(folder, config)
+    told = from_peft(folder, config)
     tensors = read_header(file)
-    wanted = adapter_slots(config, lora)
-    _check(file, tensors, {slot.name: slot.shape for slot in wanted})
-    parts = {slot.name: tensors[slot.name].reshaped(*slot.part) for slot in wanted}
+    _check(file, tensors, file_shapes(config, told))
+    dtypes, read_box = readers(config, told, tensors)
     weights = Weights(
         config=config,
         form="PEFT",
-        dtypes={name: tensor.dtype for name, tensor in tensors.items()},
-        read_box=lambda slot, box: parts[slot.name].read_box(box),
+        dtypes=dtypes,
+        read_box=read_box,
         folder=folder,
         files={WEIGHTS: sum(tensor.nbytes for tensor in tensors.values())},
-        table=functools.partial(adapter_slots, lora=lora),
+        table=functools.partial(adapter_slots, lora=told.lora),
     )
-    return weights, lora
+    return weights, told.lora
 
 
 def _check(file: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from qwen3_jax.checkpoint.reading import CheckpointError, parse_json, system_err
 from qwen3_jax.checks import ConfigError, shown
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.tune.lora import LoraConfig, targets_of
-from qwen3_jax.tune.peft_names import modules
+from qwen3_jax.tune.peft_names import FUSED, expert_modules, modules
 
 CONFIG = "adapter_config.json"
 
@@ -45,11 +46,25 @@ READ = {
     "r",
     "rank_pattern",
     "target_modules",
+    "target_parameters",
     "task_type",
     "use_rslora",
 }
 # Beginnings that leave the base as it is; the others (pissa, olora, corda, loftq, ...) take their start out of it.
 INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What an adapter_config.json says.
+
+    Attributes:
+        lora: which matrices have a pair, of which rank and alpha.
+        fused: the parameters of all experts of a layer that have one pair an expert, out of FUSED; other pairs are of modules.
+    """
+
+    lora: LoraConfig
+    fused: frozenset[str] = frozenset()
 
 
 def to_peft(config: Qwen3Config, lora: LoraConfig, base: str | None) -> dict[str, Any]:
@@ -89,7 +104,7 @@ def _target_modules(config: Qwen3Config, lora: LoraConfig) -> list[str] | str:
     return "|".join(sorted({re.sub(r"\b\d+\b", r"\\d+", re.escape(module)) for module in wanted}))
 
 
-def from_peft(folder: Path, config: Qwen3Config) -> LoraConfig:
+def from_peft(folder: Path, config: Qwen3Config) -> Told:
     """What an adapter folder holds, by its adapter_config.json.
 
     Args:
@@ -97,7 +112,7 @@ def from_peft(folder: Path, config: Qwen3Config) -> LoraConfig:
         config: of the model that it is meant for.
 
     Returns:
-        Rank, alpha (rank-stabilised ones too: alpha times the root of the rank) and targets.
+        Rank, alpha (rank-stabilised ones too: alpha times the root of the rank), targets, and which of them are fused.
 
     Raises:
         CheckpointError: names the field, what was found and what is accepted.
@@ -123,7 +138,8 @@ def from_peft(folder: Path, config: Qwen3Config) -> LoraConfig:
     if given.get("use_rslora"):
         alpha *= math.sqrt(rank)  # so that over the rank it is what it was over the root
     try:
-        return LoraConfig(rank=rank, alpha=float(alpha), targets=_targets(said, config))
+        fused = _fused(said, config)
+        return Told(LoraConfig(rank=rank, alpha=float(alpha), targets=_targets(said, config, fused)), fused)
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
@@ -178,7 +194,26 @@ class _Fields:
         return any(name == item or name.endswith(f".{item}") for item in found)
 
 
-def _targets(said: _Fields, config: Qwen3Config) -> tuple[str, ...]:
+def _fused(said: _Fields, config: Qwen3Config) -> frozenset[str]:
+    """What `target_parameters` means, where that is experts of every layer that has some."""
+    given = said.given.get("target_parameters") or []
+    accepted = "mlp.experts.gate_up_proj and mlp.experts.down_proj, in every layer with experts"
+    if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
+        raise said.refused("target_parameters", f"a list of names: {accepted}")
+    experts = expert_modules(config)
+    found: dict[str, list[str]] = {leaf: [] for leaf in FUSED}
+    for item in given:
+        means = [(leaf, f"{module}.{leaf}") for leaf in FUSED for module in experts if f".{module}.{leaf}".endswith(f".{item}")]
+        if not means:
+            raise said.refused("target_parameters", accepted)
+        for leaf, name in means:
+            found[leaf].append(name)
+    if any(names and set(names) != {f"{module}.{leaf}" for module in experts} for leaf, names in found.items()):
+        raise said.refused("target_parameters", accepted)
+    return frozenset(leaf for leaf, names in found.items() if names)
+
+
+def _targets(said: _Fields, config: Qwen3Config, fused: frozenset[str]) -> tuple[str, ...]:
     """What `target_modules` without `exclude_modules` means, where that is every layer of some of a layer's matrices."""
     wanted: dict[tuple[str, str], list[str]] = {}
     missed: dict[tuple[str, str], str] = {}
@@ -198,6 +233,10 @@ def _targets(said: _Fields, config: Qwen3Config) -> tuple[str, ...]:
         raise said.refused(
             "target_modules", f"every layer and expert or none: it means {wanted[first][0]} and leaves out {missed[first]}"
         )
+    for matrix in [("moe", name) for leaf in sorted(fused) for name in FUSED[leaf]]:
+        if matrix in wanted:
+            raise said.refused("target_modules", f"without {wanted[matrix][0]}, which target_parameters mean too")
+        wanted[matrix] = []
     if not wanted:
         raise said.refused("target_modules", "names of this model's modules, as q_proj, k_proj, v_proj, o_proj, gate_proj, ...")
     return targets_of(wanted)

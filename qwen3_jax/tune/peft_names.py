@@ -11,6 +11,8 @@ from qwen3_jax.tune.lora import MATRICES, LoraConfig
 
 PREFIX = "base_model.model."
 SUFFIX = ".weight"
+# Transformers 5 holds a layer's experts in two parameters; the matrices that each is made of, one below the other.
+FUSED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
 def matrix_of(slot: Slot) -> tuple[str, str] | None:
@@ -37,6 +39,12 @@ def modules(config: Qwen3Config) -> dict[str, tuple[str, str] | None]:
     """
     found = {slot.name.removesuffix(SUFFIX): matrix_of(slot) for slot in slots(config) if slot.name.endswith(SUFFIX)}
     return found | {"lm_head": None}  # a module where embeddings are tied too
+
+
+def expert_modules(config: Qwen3Config) -> list[str]:
+    """The modules that hold a layer's experts: "model.layers.0.mlp.experts"."""
+    found = (name.rsplit(".", 2)[0] for name, matrix in modules(config).items() if matrix is not None and matrix[0] == "moe")
+    return list(dict.fromkeys(found))
 
 
 def adapter_slots(config: Qwen3Config, lora: LoraConfig) -> list[Slot]:

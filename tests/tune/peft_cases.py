@@ -14,11 +14,14 @@ SIZE = dict(vocab_size=160, hidden_size=32, num_hidden_layers=2, num_attention_h
 DENSE = dict(BASE, **SIZE, intermediate_size=48)
 EXPERTS = dict(MOE, **SIZE, intermediate_size=48, num_experts=4, moe_intermediate_size=24)
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 # What PEFT writes and we read: the model's config, what its LoraConfig is told, and transformers' major version.
 WRITTEN_BY_PEFT: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "dense": (DENSE, dict(r=4, lora_alpha=6, target_modules=ALL), 4),
     "moe": (EXPERTS, dict(r=3, lora_alpha=2, use_rslora=True, target_modules=["q_proj", "o_proj", *ALL[4:]]), 4),
+    "fused": (EXPERTS, dict(r=3, lora_alpha=5, target_modules=["k_proj"], target_parameters=FUSED), 5),
+    "fused_gate_up": (EXPERTS, dict(r=2, lora_alpha=4, target_parameters=["experts.gate_up_proj"], use_rslora=True), 5),
 }
 
 # What we write and PEFT reads: the model's config, and our LoraConfig's rank, alpha and targets.
