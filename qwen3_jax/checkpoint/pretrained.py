@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from qwen3_jax.checkpoint.store import chunk_files, create_store, write_store
 from qwen3_jax.checkpoint.tensor import Box, Place
 from qwen3_jax.checkpoint.together import Team, team_of
 from qwen3_jax.checkpoint.weights import Form, SavesItself, Weights, check_form, check_memory, stream, write_beside
+from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.abstract import abstract_model
 from qwen3_jax.model.transformer import Qwen3
 from qwen3_jax.parallel.mesh import mesh_of
@@ -81,7 +82,7 @@ def from_pretrained(
         if jax.default_backend() == "cpu":  # on an accelerator the device decides
             check_memory(str(folder), sum(map(_local_bytes, shapes.values())))
     with system_errors(folder):
-        nnx.replace_by_pure_dict(state, _nested(_filled(weights, stacked) if mesh is None else load(weights, shapes, team)))
+        nnx.replace_by_pure_dict(state, nested(filled(weights, stacked) if mesh is None else load(weights, shapes, team)))
     return nnx.merge(graph, state)
 
 
@@ -99,7 +100,19 @@ def _local_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     return shard * leaf.dtype.itemsize * len(leaf.sharding.addressable_devices)
 
 
-def _filled(weights: Weights, stacked: Mapping[str, np.dtype]) -> dict[str, jax.Array]:
+def filled(weights: Weights, stacked: Mapping[str, np.dtype]) -> dict[str, jax.Array]:
+    """The parameters on one device.
+
+    Args:
+        weights: where from.
+        stacked: the dtype of each parameter, by its path.
+
+    Returns:
+        The parameters by their paths.
+
+    Raises:
+        CheckpointError: as of `stream`.
+    """
     whole: dict[str, jax.Array] = {}
     order = weights.slots()
     for block in stream(weights, order, {slot.name: stacked[slot.path] for slot in order}, "reading"):
@@ -122,7 +135,8 @@ def _placed(stack: jax.Array, part: jax.Array, index: tuple[int | jax.Array, ...
     return jax.lax.dynamic_update_slice(stack, part, index)
 
 
-def _nested(flat: dict[str, jax.Array]) -> dict[Any, Any]:
+def nested(flat: dict[str, jax.Array]) -> dict[Any, Any]:
+    """The pure dict of an nnx.State, from its leaves by their paths: `parameters` the other way."""
     tree: dict[Any, Any] = {}
     for path, value in flat.items():
         *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
@@ -206,11 +220,12 @@ def _save_shares(
     save(parameters(nnx.state(model, nnx.Param)), wanted, place, dtypes, team)
 
 
-def in_memory(model: Qwen3) -> Weights:
+def in_memory(model: Qwen3, table: Callable[[Qwen3Config], list[Slot]] = slots) -> Weights:
     """The tensors of a model in memory.
 
     Args:
         model: any Qwen3.
+        table: config -> the slots that are wanted: the model's own, or those of its adapters.
 
     Returns:
         Its tensors, in the dtypes of its parameters.
@@ -222,5 +237,5 @@ def in_memory(model: Qwen3) -> Weights:
             return np.asarray(params[slot.path][slot.index])[box]
         return np.asarray(params[slot.path][box[0]])[(slice(None), *box[1:])]
 
-    dtypes = {slot.name: np.dtype(params[slot.path].dtype) for slot in slots(model.config)}
-    return Weights(config=model.config, form="memory", dtypes=dtypes, read_box=read_box)
+    dtypes = {slot.name: np.dtype(params[slot.path].dtype) for slot in table(model.config)}
+    return Weights(config=model.config, form="memory", dtypes=dtypes, read_box=read_box, table=table)

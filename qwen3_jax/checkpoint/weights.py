@@ -74,6 +74,7 @@ class Weights:
         folder: where they lie; None for a model in memory.
         files: the files that hold them, with their bytes.
         notes: what is worth telling: a redundant tensor that is left out, a dtype that changes by reading.
+        table: config -> its slots: a model's own, or those of its adapters.
     """
 
     config: Qwen3Config
@@ -83,6 +84,7 @@ class Weights:
     folder: Path | None = None
     files: Mapping[str, int] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    table: Callable[[Qwen3Config], list[Slot]] = slots
 
     def read_rows(self, slot: Slot, first: int, last: int) -> np.ndarray:
         """Rows first..last of `slot.shape`, in the slot's dtype."""
@@ -92,7 +94,7 @@ class Weights:
 
     def slots(self) -> list[Slot]:
         """Every tensor, in the table's order."""
-        return slots(self.config)
+        return self.table(self.config)
 
     def stacked_dtypes(self) -> dict[str, np.dtype]:
         """The dtype of each parameter of the tree, by its path: where a parameter's layers differ, the one that holds all."""

@@ -5,7 +5,8 @@ for them, and a row of a table is read by few tokens.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -134,6 +135,58 @@ def merge(model: Qwen3) -> Qwen3:
         _weight(module, name)[0].set_value(values)
         _set_lora(module, name, None)
     return model
+
+
+def config_of(model: Qwen3) -> LoraConfig:
+    """The config that attaches adapters such as a model's: what a train step of a model that was read wants as `adapt`.
+
+    Args:
+        model: with adapters.
+
+    Returns:
+        Their rank, alpha and targets.
+
+    Raises:
+        ValueError: a model without adapters, or with such as no one config attaches.
+    """
+    pairs: dict[tuple[str, str], list[Adapter | None]] = {}
+    for module, kind, name in _matrices(model):
+        pairs.setdefault((kind, name), []).append(_lora(module, name))
+    found = [pair for same in pairs.values() for pair in same if pair is not None]
+    if not found:
+        raise ValueError("the model has no adapters: accepted is one that `attach` gave them")
+    forms = {(pair.b.shape[-1], pair.scale) for pair in found}
+    partly = [f"{kind}.{name}" for (kind, name), same in pairs.items() if 0 < sum(pair is None for pair in same) < len(same)]
+    if len(forms) > 1 or partly:
+        told = f"on some layers only for {', '.join(partly)}" if partly else f"of (rank, scale) {sorted(forms)}"
+        raise ValueError(f"the model has adapters {told}: accepted is one rank, one scale and every layer")
+    ((rank, scale),) = forms
+    wanted = [key for key, same in pairs.items() if same[0] is not None]
+    return LoraConfig(rank=rank, alpha=_alpha(rank, scale), targets=targets_of(wanted))
+
+
+def targets_of(matrices: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """The shortest `LoraConfig.targets` that name some matrices.
+
+    Args:
+        matrices: the module and the name of each.
+
+    Returns:
+        A module where all of its matrices are there, else single ones.
+    """
+    given = set(matrices)
+    targets: list[str] = []
+    for module, names in MATRICES.items():
+        here = [name for name in names if (module, name) in given]
+        targets += [module] if len(here) == len(names) else [f"{module}.{name}" for name in here]
+    return tuple(targets)
+
+
+def _alpha(rank: int, scale: float) -> float:
+    """The alpha that has this scale to the bit: whole where one is, for alpha is rounded once more by the division."""
+    near = scale * rank
+    tried = (float(round(near)), near, math.nextafter(near, math.inf), math.nextafter(near, 0))
+    return next((alpha for alpha in tried if alpha / rank == scale), near)
 
 
 def adapted(model: Qwen3) -> bool:

@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp  # noqa: E402
 from qwen3_jax import Qwen3, adamw, from_pretrained, init_train_state, make_mesh, save_pretrained  # noqa: E402
 from qwen3_jax.checkpoint import tensor  # noqa: E402
 from qwen3_jax.checkpoint.reading import CheckpointError  # noqa: E402
+from qwen3_jax.tune.peft import load_adapter, save_adapter  # noqa: E402
 from tests.checkpoint.state import flat, loaded, stepped  # noqa: E402
 
 
@@ -92,6 +93,8 @@ def first() -> dict[str, Any]:
         tensor._fill = lambda handle, view: 0  # as of a file that has been cut off meanwhile
     found["load"] = refused(lambda: from_pretrained(PLACE / "in", mesh=mesh))
     tensor._fill = fill
+    save_adapter(load_adapter(model, PLACE / "by1-adapter"), PLACE / "by2-adapter")
+    found["adapter"] = refused(lambda: load_adapter(model, PLACE / ("by1-adapter" if INDEX == 0 else "nowhere")))
     found["occupied"] = refused(lambda: save_pretrained(model, PLACE / "by2-hf"))
     with ocp.StandardCheckpointer() as writer:
         writer.save(PLACE / "state", flat(stepped(init_train_state(model, adamw(1e-2)))))

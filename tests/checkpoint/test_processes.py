@@ -15,6 +15,11 @@ import pytest
 from jax.sharding import NamedSharding
 
 from qwen3_jax import adamw, from_pretrained, init_train_state, make_mesh, save_pretrained
+from qwen3_jax.checkpoint.safetensors import Plan, write_file
+from qwen3_jax.checkpoint.weights import write_json
+from qwen3_jax.tune.lora import LoraConfig
+from qwen3_jax.tune.peft_config import to_peft
+from qwen3_jax.tune.peft_names import adapter_slots
 from tests.checkpoint.folders import files, hub_tensors, write
 from tests.checkpoint.state import flat, loaded, stepped
 from tests.model.models import CONFIGS
@@ -50,6 +55,16 @@ def run(count: int, devices: int, place: Path, duty: str) -> list[dict]:
     return found
 
 
+def write_adapter(folder: Path) -> None:
+    """Adapters with random values, as `save_adapter` lays them out."""
+    lora, draw = LoraConfig(rank=4, alpha=6.0, targets=("attention", "moe.down")), np.random.default_rng(1)
+    tensors = {slot.name: draw.standard_normal(slot.shape, np.float32) for slot in adapter_slots(CONFIG, lora)}
+    folder.mkdir()
+    plan = Plan(folder / "adapter_model.safetensors", {name: (values.dtype, values.shape) for name, values in tensors.items()})
+    write_file(plan, iter(tensors.values()))
+    write_json(folder / "adapter_config.json", to_peft(CONFIG, lora, None))
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder, what one device makes of it, and what two processes have."""
@@ -58,12 +73,13 @@ def place(tmp_path_factory):
     alone = from_pretrained(place / "in")
     save_pretrained(alone, place / "by1-hf", max_shard_bytes=40_000)
     save_pretrained(alone, place / "by1-orbax", to="orbax")
+    write_adapter(place / "by1-adapter")
     (place / "seen.json").write_text(json.dumps(run(2, 2, place, "first")))
     return place
 
 
 def test_two_processes_write_what_one_does(place):
-    for form in ("hf", "orbax"):
+    for form in ("hf", "orbax", "adapter"):
         assert files(place / f"by2-{form}") == files(place / f"by1-{form}")
     alone = from_pretrained(place / "in")
     for path, leaf in jax.tree.leaves_with_path(from_pretrained(place / "by2-orbax")):
@@ -81,6 +97,8 @@ def test_what_fails_on_one_fails_on_all_and_leaves_nothing_behind(place):
     assert first["load"] == f"process 1 of 2: {second['load']}"
     assert second["missing"].startswith(f"{place}/nowhere is no folder")
     assert first["missing"] == f"process 1 of 2: {second['missing']}"
+    assert second["adapter"].startswith(f"{place}/nowhere: adapter_config.json is not there")
+    assert first["adapter"] == f"process 1 of 2: {second['adapter']}"
     assert "by2-hf is not empty" in first["occupied"] and "by2-hf is not empty" in second["occupied"]
     # Each of two disks of one's own: the second does not see the first's folder.
     assert second["apart"].endswith("is not there: several processes write one folder on a file system of them all")

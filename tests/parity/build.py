@@ -19,7 +19,11 @@ def config_of(name: str) -> Qwen3Config:
 
 @functools.cache
 def model_of(name: str) -> Qwen3:
-    config = config_of(name)
+    return filled_model(cases.CASES[name])
+
+
+def filled_model(content: dict[str, Any]) -> Qwen3:
+    config = Qwen3Config.from_hf(content, strict=True)
     whole: dict[str, np.ndarray] = {}
     for slot in slots(config):
         stack = whole.setdefault(slot.path, np.full(stacked_shape(slot, config), np.nan, np.float32))

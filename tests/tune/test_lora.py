@@ -131,8 +131,8 @@ def test_gradients_are_those_of_the_update_written_out(name):
     assert_wanted(factors_gradient(adapted(name), batch()), name)
 
 
-def on_mesh(model: Qwen3, mesh, rules) -> Qwen3:
-    shapes = abstract_model(model.config, mesh, rules=rules, dtype=model.dtype, adapt=LORA)
+def on_mesh(model: Qwen3, mesh, rules, adapt: LoraConfig | None = LORA) -> Qwen3:
+    shapes = abstract_model(model.config, mesh, rules=rules, dtype=model.dtype, adapt=adapt)
     leaves = [
         jax.device_put(leaf, shape.sharding)
         for leaf, shape in zip(jax.tree.leaves(model), jax.tree.leaves(shapes), strict=True)
