@@ -228,7 +228,8 @@ class Loop:
                 continue
             if looking and self._look is not None:
                 begun = time.perf_counter()
-                self._journal.write(dict(step=at - 1, stage=stage.name, **self._look(at, state)))
+                found = self._look(at, state)
+                self._journal.write(dict(step=at - 1, stage=stage.name, tokens_seen=self._tokens(at), **found))
                 self.seconds["look"] += time.perf_counter() - begun
             if due:
                 progress.data = data.state()
@@ -250,6 +251,7 @@ class Loop:
         if in_a_row >= self._policy.max_skipped:
             raise TrainingError(f"step {step}: {in_a_row} steps in a row were not finite: the run stops by step.max_skipped")
         figures = dict(step=step, stage=stage.name, tokens_seen=self._tokens(step + 1), **self._speed(stage), **small)
+        figures["time"] = time.time()
         if self._told is not None:
             self._told(step, figures)
         if (step + 1) % self._policy.write_every == 0 or in_a_row:
