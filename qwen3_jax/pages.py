@@ -70,10 +70,8 @@ def lines(series: Mapping[str, Points], x: str, y: str) -> str:
     at = float(LEFT)
     for number, (name, points) in enumerate(drawn.items()):
         color = STROKES[number % len(STROKES)]
-        path = " ".join("{:.1f},{:.1f}".format(*place(point)) for point in points)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"><title>{escape(name)}</title></polyline>'
-        )
+        path, title = " ".join("{:.1f},{:.1f}".format(*place(point)) for point in points), f"<title>{escape(name)}</title>"
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5">{title}</polyline>')
         if len(points) <= 40:
             parts += ['<circle cx="{:.1f}" cy="{:.1f}" r="2.5" fill="{}"/>'.format(*place(point), color) for point in points]
         parts.append(f'<rect x="{at:g}" y="{HEIGHT - 16}" width="12" height="12" fill="{color}"/>')
@@ -126,8 +124,8 @@ def heat(values: Float[np.ndarray, "R C"], name: str, width: int, height: int) -
     colors = np.where(share < 1, low + share * (even - low), even + (share - 1) * (high - even))
     source = base64.b64encode(_png(np.round(colors).astype(np.uint8))).decode()
     return (
-        f'<img alt="{escape(name)}" title="{escape(name)}" width="{width}" height="{height}" style="image-rendering: pixelated" '
-        f'src="data:image/png;base64,{source}"/>'
+        f'<img alt="{escape(name)}" title="{escape(name)}" width="{width}" height="{height}" '
+        f'style="image-rendering: pixelated" src="data:image/png;base64,{source}"/>'
     )
 
 

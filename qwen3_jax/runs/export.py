@@ -21,16 +21,19 @@ def check_export(run: Run, first: int) -> None:
 
     Args:
         run: the run.
-        first: the step that it begins with; after the last one there is nothing to export.
+        first: the step that it begins with; after the last one the folder may stand already.
 
     Raises:
         RunError: checkpoint.export is a file, or a folder that is not empty.
     """
-    if run.checkpoint.export is None or first >= run.steps:
-        return
-    folder = Path(run.checkpoint.export)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"checkpoint.export {folder} holds something: accepted is a path where nothing stands")
+    if run.checkpoint.export is not None and first < run.steps and stands(run.checkpoint.export):
+        raise RunError(f"checkpoint.export {run.checkpoint.export} holds something: accepted is a path where nothing stands")
+
+
+def stands(folder: str) -> bool:
+    """Whether there is something at the path, be it a file or a folder that is not empty."""
+    path = Path(folder)
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
 def export(run: Run, config: Qwen3Config, state: Any, rules: Rules, folder: str) -> None:

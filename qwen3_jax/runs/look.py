@@ -55,8 +55,8 @@ class Look:
             self._tokenizer = find_tokenizer(run)
             if self._tokenizer is None:
                 raise RunError(
-                    "watch.prompts needs a tokenizer: accepted is one in model.folder, or sources whose tokenizer is still where "
-                    "`qwen3-jax data prepare` found it"
+                    "watch.prompts needs a tokenizer: accepted is one in model.folder, or sources whose tokenizer is where "
+                    "`qwen3-jax data prepare` found it still"
                 )
             if empty := [prompt for prompt in run.watch.prompts if not self._tokenizer.encode(prompt)]:
                 raise RunError(f"watch.prompts has {empty[0]!r}, which has no tokens: accepted is text")

@@ -16,9 +16,10 @@ from qwen3_jax.training.journal import read_lines
 
 KINDS = ("start", "compile", "train", "data", "save", "look", "restore", "again")
 MEANINGS = (
-    "start: processes, weights or checkpoint, until the first step. compile: first step of each stage. data: waiting for batches. "
-    "save: waiting for checkpoints. look: held-out loss and completions. restore: going back after a spike. again: steps that a kill "
-    "took back. Of a killed start the journal's times tell, where start holds compile, and train all that followed."
+    "start: processes, weights or checkpoint, until the first step. compile: first step of each stage. data: waiting for "
+    "batches. save: waiting for checkpoints, and the export. look: held-out loss and completions. restore: going back after a "
+    "spike. again: steps that a kill took back. Of a killed start the journal's times tell: its start holds the first lines' "
+    "steps, its train all that followed and was kept."
 )
 MOST_POINTS = 1000  # of a line
 MOST_LAYERS = 8  # whose experts are shown over time
@@ -89,8 +90,8 @@ def without_rewound(journal: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[
         journal: lines of metrics.jsonl.
 
     Returns:
-        The lines; and of each rewind `rewound_from`, `step`, that it went back to, and `seconds` of the steps taken back, as far
-        as lines tell.
+        The lines; and of each rewind `rewound_from`, `step`, that it went back to, and `seconds` of the steps taken back, as
+        far as lines tell.
     """
     kept: list[Mapping[str, Any]] = []
     rewinds = []
@@ -160,16 +161,17 @@ def _load(steps: Sequence[Mapping[str, Any]]) -> str:
     times, layers, experts = loads.shape
     loads *= experts
     shown = sorted({round(at) for at in np.linspace(0, layers - 1, min(layers, MOST_LAYERS))})
+    tall = min(160, max(32, 8 * experts))
     pictures = [
-        f"<p>MoE layer {layer}</p>{heat(loads[:, layer].T, f'load of the experts of layer {layer} over time', 900, min(160, max(32, 8 * experts)))}"
+        f"<p>MoE layer {layer}</p>{heat(loads[:, layer].T, f'experts of MoE layer {layer} over time', 900, tall)}"
         for layer in shown
     ]
     last = heat(loads[-1], "load of each expert at the last line, a row a layer", 900, min(600, max(32, 8 * layers)))
     violation = [(line["tokens_seen"], max(line["max_violation"])) for line in found]
     return (
-        "<p>Blue an expert without rows, white its even share, red twice that or more; a row is an expert, and time runs to the "
-        f"right over {times} lines.</p>{''.join(pictures)}<p>The last line: a row is a layer, a column an expert.</p>{last}"
-        f"<p>How much more than its even share the busiest expert of any layer got:</p>"
+        "<p>Blue an expert without rows, white its even share, red twice that or more; a row is an expert, and time runs to "
+        f"the right over {times} lines.</p>{''.join(pictures)}<p>The last line: a row is a layer, a column an expert.</p>{last}"
+        "<p>How much more than its even share the busiest expert of any layer got:</p>"
         f"{lines({'busiest layer': means(violation)}, 'tokens', 'max_violation')}"
     )
 
@@ -207,17 +209,16 @@ def lost_share(starts: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def _interruptions(starts: Sequence[Mapping[str, Any]], rewinds: Sequence[Mapping[str, Any]]) -> str:
-    said_ = []
+    told = []
     for before, start in zip(starts, starts[1:], strict=False):
         paused = "" if before["ended"] is None else f", {start['begun'] - before['ended']:,.0f} s later"
         again = before["step"] - start["first"]
         twice = f"; {again:,} steps were made again" if again > 0 else ""
-        said_.append(f"{before['came_to']} at step {before['step']:,}, begun again at step {start['first']:,}{paused}{twice}")
+        told.append(f"{before['came_to']} at step {before['step']:,}, begun again at step {start['first']:,}{paused}{twice}")
     for rewind in rewinds:
-        said_.append(
-            f"the loss rose: back from step {rewind['rewound_from']:,} to step {rewind['step']:,}, {rewind['seconds']:,.1f} s of steps"
-        )
-    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in said_)}</ul>" if said_ else "<p>None.</p>"
+        went = f"back from step {rewind['rewound_from']:,} to step {rewind['step']:,}"
+        told.append(f"the loss rose: {went}, {rewind['seconds']:,.1f} s of steps")
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in told)}</ul>" if told else "<p>None.</p>"
 
 
 def _when(seconds: float) -> str:

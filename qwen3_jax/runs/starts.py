@@ -1,7 +1,7 @@
 """starts.jsonl: for each start of a run when it was, what it came to, and where its time went; process 0 writes it.
 
-A start that is killed writes nothing. The next one does it in its place, by the times in the journal, before the journal's lines
-of steps that will come again are taken out.
+A start that is killed writes nothing. The next one does it in its place, by the times in the journal, before the journal's
+lines of steps that will come again are taken out.
 """
 
 import json

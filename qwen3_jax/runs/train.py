@@ -22,7 +22,7 @@ from qwen3_jax.parallel.processes import initialize
 from qwen3_jax.parallel.rules import TRAIN_RULES, Rules
 from qwen3_jax.planning.estimate import model_flops
 from qwen3_jax.runs.dry_run import stage_job
-from qwen3_jax.runs.export import check_export, export
+from qwen3_jax.runs.export import check_export, export, stands
 from qwen3_jax.runs.look import Look
 from qwen3_jax.runs.models import model_config
 from qwen3_jax.runs.parts import about, loader_config, lora_config, optimizer_of, policy_of, stage_config
@@ -110,11 +110,12 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
             with Stopping() as stopping:
                 state, done = loop.run(state, progress, stopping)
             step, came_to = int(state.step), "done" if done else "told to end"
-            if done and first < step and run.checkpoint.export is not None:
+            target = run.checkpoint.export
+            if done and target is not None and not stands(target):  # it stands where a run that is done is started again
                 begun = time.perf_counter()
-                export(run, config, state, rules, run.checkpoint.export)
+                export(run, config, state, rules, target)
                 loop.seconds["save"] += time.perf_counter() - begun
-                said(f"exported to {run.checkpoint.export}")
+                said(f"exported to {target}")
         finally:
             # Also of a run that stops by itself: what led to it is what one wants to see.
             journal.close()

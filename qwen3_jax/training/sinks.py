@@ -59,9 +59,8 @@ class TensorBoard:
             folder: of the event files.
             first: the next step; TensorBoard takes what older files say of it and of later ones to be undone.
         """
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(logdir=str(folder), purge_step=first or None, write_to_disk=True)
+        board = importlib.import_module("tensorboardX")
+        self._writer = board.SummaryWriter(logdir=str(folder), purge_step=first or None, write_to_disk=True)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Take a line.

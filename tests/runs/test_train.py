@@ -73,7 +73,11 @@ every = 3
 
 [watch]
 every = 1
+held_out = "{place}/more"
+held_out_every = 4
+held_out_batches = 2
 """
+WATCHED = [*("--watch.tensorboard", "true", "--watch.prompts", '["def read(", "path"]'), "--checkpoint.export"]
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +128,10 @@ def at_step(process, step, number):
 
 
 def curve(place):
-    lines = read_lines(place / "runs/tiny/metrics.jsonl")
+    """What a run's lines say of its steps, and of its held-out loss."""
+    told = ("step", "stage", "loss", "grad_norm", "expert_load", "tokens_seen", "held_out_loss")
     return [
-        {name: line[name] for name in ("step", "stage", "loss", "grad_norm", "expert_load", "tokens_seen")} for line in lines
+        {name: line[name] for name in told if name in line} for line in read_lines(place / "runs/tiny/metrics.jsonl")
     ]
 
 
@@ -142,19 +147,26 @@ def final_arrays(place):
 
 
 @pytest.fixture(scope="module")
-def straight(prepared, tmp_path_factory):
+def watched(prepared, tmp_path_factory):
+    """A run without a stop, watched in all ways; its folder."""
     place = tmp_path_factory.mktemp("straight")
     (place / "run.toml").write_text(RUN.format(place=place))
     for name in ("text", "more"):
         (place / name).symlink_to(prepared / name)
-    code, out = finish(begin(prepared, place))
+    code, out = finish(begin(prepared, place, *WATCHED, str(place / "exported")))
     assert code == 0, out
     assert "done at step 14 of 14" in out
-    return curve(place), final_arrays(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def straight(watched):
+    return curve(watched), final_arrays(watched)
 
 
 def test_a_run_learns_in_its_stages(straight):
-    lines, arrays = straight
+    found, arrays = straight
+    lines = [line for line in found if "loss" in line]
     assert [line["stage"] for line in lines] == ["first"] * 6 + ["second"] * 8
     assert [line["tokens_seen"] for line in lines] == [512 * n for n in range(1, 15)]
     assert np.mean([line["loss"] for line in lines[-3:]]) < 0.8 * lines[0]["loss"]
