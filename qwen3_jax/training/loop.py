@@ -74,7 +74,7 @@ class Policy:
     Attributes:
         save_every: between saves.
         write_every: between lines of the journal.
-        look_every: between calls of `look`.
+        look_every: between calls of `look`, which also sees the last step.
         not_finite: whether a step that is not finite is left out, or ends the run.
         max_skipped: steps left out in a row that end the run.
         spike: nats above the running mean of the loss at which the run goes back to its last checkpoint; None: never.
@@ -218,7 +218,7 @@ class Loop:
             waiting = (at, stage, metrics)
             at += 1
             due = at % self._policy.save_every == 0 or at == first + stage.steps
-            looking = self._look is not None and at % self._policy.look_every == 0
+            looking = self._look is not None and (at % self._policy.look_every == 0 or at == self.steps)
             if due or looking:
                 back = self._settle(waiting, progress) or back
                 waiting = None
@@ -230,7 +230,9 @@ class Loop:
                 begun = time.perf_counter()
                 found = self._look(at, state)
                 self._journal.write(dict(step=at - 1, stage=stage.name, tokens_seen=self._tokens(at), **found))
-                self.seconds["look"] += time.perf_counter() - begun
+                took = time.perf_counter() - begun
+                self.seconds["look"] += took
+                self._seen += took  # no time of the next step's
             if due:
                 progress.data = data.state()
                 self._save(at, state, progress)
@@ -296,7 +298,9 @@ class Loop:
         self.seconds["train"] += time.perf_counter() - begun
         begun = time.perf_counter()
         self._checkpoints.save(step, state, self._about | dict(progress=dataclasses.asdict(progress)))
-        self.seconds["save"] += time.perf_counter() - begun
+        took = time.perf_counter() - begun
+        self.seconds["save"] += took
+        self._seen += took
 
     def _profile(self, step: int) -> None:
         if self._policy.profile is None or self._trace is None:

@@ -60,7 +60,8 @@ class TensorBoard:
             first: the next step; TensorBoard takes what older files say of it and of later ones to be undone.
         """
         board = importlib.import_module("tensorboardX")
-        self._writer = board.SummaryWriter(logdir=str(folder), purge_step=first or None, write_to_disk=True)
+        # A file's name has but the second of its start.
+        self._writer = board.SummaryWriter(str(folder), purge_step=first or None, filename_suffix=f".from_{first}")
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Take a line.
