@@ -85,12 +85,12 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
     rules = dataclasses.replace(rules, dispatch=dataclasses.replace(rules.dispatch, transport=run.mesh.transport))
     optimizer = optimizer_of(run)
     folder = Path(run.output) / run.name
+    watched = run.watch.held_out is not None or run.watch.prompts
+    look = Look(run, config, mesh, rules) if watched else None  # before weights are read, for it may refuse
     with Checkpoints(folder / "checkpoints", keep=run.checkpoint.keep, keep_every=run.checkpoint.keep_every) as checkpoints:
         state, progress = _begin(run, config, mesh, rules, optimizer, checkpoints, said)
         first = int(state.step)
         check_export(run, first)
-        watched = run.watch.held_out is not None or run.watch.prompts
-        look = Look(run, config, mesh, rules) if watched else None
         starts = Starts(folder, first, clock, writes=leads)
         journal = Journal(folder / "metrics.jsonl", first, writes=leads, sinks=_sinks(run, folder, first) if leads else ())
         stages = [_stage(run, name, stage, config, mesh, rules, optimizer) for name, stage in run.stages.items()]
@@ -124,6 +124,7 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
             if leads:
                 write_report(run, folder)
         said(f"{'done' if done else 'told to end: saved'} at step {step:,} of {loop.steps:,}")
+    said(f"seconds of this start: {'  '.join(f'{name} {value:.1f}' for name, value in seconds.items())}")
     return Ended(step, done, seconds)
 
 

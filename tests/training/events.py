@@ -1,11 +1,12 @@
 """TensorBoard event files, read by their form: length, checksum, message, checksum (TFRecord)."""
 
+import importlib
 import struct
 
 
 def events(folder):
     """All events of a folder's files, in order."""
-    from tensorboardX.proto.event_pb2 import Event
+    Event = importlib.import_module("tensorboardX.proto.event_pb2").Event  # its names are made at run time
 
     found = []
     for file in sorted(folder.glob("events.*")):
