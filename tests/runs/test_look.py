@@ -31,13 +31,15 @@ from qwen3_jax.tune.lora import attach, merge
 from tests.chat.tiny import SAMPLE, write_checkpoint
 from tools.demo.corpus import train_tokenizer
 
+OTHER = [[{"role": "user", "content": "words of quite another kind, again and again"}]] * 20
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A model, its tokenizer, a source of it, and one of another tokenizer."""
     place = tmp_path_factory.mktemp("look")
     write_checkpoint(place)
-    train_tokenizer([SAMPLE] * 20, 300, place / "other-tokenizer")
+    train_tokenizer(OTHER, 300, place / "other-tokenizer")
     (place / "text.jsonl").write_text("".join(json.dumps({"text": f"def read(path): return {at}"}) + "\n" for at in range(20)))
     for name, tokenizer in (("text", "tokenizer"), ("other", "other-tokenizer")):
         prepare([str(place / "text.jsonl")], place / name, Work(str(place / tokenizer)), workers=0)
@@ -92,7 +94,7 @@ def test_a_tokenizer_is_found_where_the_run_says(place, tmp_path):
     assert found is not None and found.folder == place / "model"
     found = find_tokenizer(random_base(run))
     assert found is not None and found.folder == place / "tokenizer"
-    train_tokenizer([SAMPLE] * 20, 300, tmp_path / "moved")
+    train_tokenizer(OTHER, 300, tmp_path / "moved")
     prepare([str(place / "text.jsonl")], tmp_path / "tokens", Work(str(tmp_path / "moved")), workers=0)
     (tmp_path / "moved/tokenizer.json").write_bytes((place / "tokenizer/tokenizer.json").read_bytes())
     source = {"text": SourceSection(folder=str(tmp_path / "tokens"))}

@@ -244,7 +244,8 @@ def test_kills_leave_no_trace_in_curve_or_weights(straight, prepared, place):
     assert curve(place) == straight[0]
     starts = list(read_lines(place / "runs/tiny/starts.jsonl"))
     assert [start["came_to"] for start in starts] == ["killed"] * 3 + ["done"]
-    assert [start["step"] >= at for start, at in zip(starts, (2, 7, 12), strict=False)] == [True] * 3
+    for start, at in zip(starts, (2, 7, 12), strict=False):
+        assert start["step"] >= at, starts  # the line of the step that was told need not have been written
     assert "killed at step" in (place / "runs/tiny/report.html").read_text("utf-8")
     found = final_arrays(place)
     assert found.keys() == straight[1].keys()
