@@ -120,7 +120,7 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
             # Also of a run that stops by itself: what led to it is what one wants to see.
             journal.close()
             seconds = dict(start=start, **loop.seconds)
-            starts.end(step, came_to, seconds)
+            starts.end(max(first, loop.reached) if came_to == "failed" else step, came_to, seconds)
             if leads:
                 write_report(run, folder)
         said(f"{'done' if done else 'told to end: saved'} at step {step:,} of {loop.steps:,}")

@@ -147,6 +147,7 @@ class Loop:
         self._tracing = False
         self._peak = peak
         self._seen = time.perf_counter()
+        self.reached = 0  # steps whose figures have been looked at, counted from the run's first
         self.seconds: dict[str, float] = dict(train=0.0, compile=0.0, save=0.0, look=0.0, restore=0.0, data=0.0)
 
     @property
@@ -247,6 +248,7 @@ class Loop:
         begun = time.perf_counter()
         small = {name: value.item() for name, value in jax.device_get({k: v for k, v in metrics.items() if not v.ndim}).items()}
         self.seconds["train"] += time.perf_counter() - begun
+        self.reached = step + 1
         loss, in_a_row = small["loss"], small["skipped_in_a_row"]
         if in_a_row and self._policy.not_finite == "stop":
             raise TrainingError(f"step {step}: loss {loss}, gradient {small['grad_norm']}: the run stops by step.not_finite")

@@ -22,13 +22,18 @@ from qwen3_jax.runs.schema import (
     CheckpointSection,
     DataSection,
     LoraSection,
+    MeshSection,
     ModelSection,
     Run,
     SourceSection,
     StageSection,
+    StepSection,
     WatchSection,
 )
 from qwen3_jax.runs.toml import RunError
+from qwen3_jax.runs.train import train
+from qwen3_jax.training.journal import read_lines
+from qwen3_jax.training.loop import TrainingError
 from qwen3_jax.tune.lora import attach, merge
 from tests.chat.tiny import write_checkpoint
 from tools.demo.corpus import train_tokenizer
@@ -138,6 +143,22 @@ def test_an_export_writes_over_nothing(place, tmp_path):
         with pytest.raises(RunError, match="checkpoint.export .* holds something: accepted is a path where nothing stands"):
             check(folder, 3)
         check(folder, 4)  # the run is done: what stands there is its own
+
+
+def test_a_run_that_stops_by_itself_is_reported(place, tmp_path):
+    run = dataclasses.replace(
+        run_of(place),
+        output=str(tmp_path),
+        mesh=MeshSection(axes="fsdp=-1"),
+        stages={"one": StageSection(tokens=512, batch=8, seq=16, learning_rate=1e30)},
+        step=StepSection(not_finite="stop", remat="none"),
+        watch=WatchSection(every=1),
+    )
+    with pytest.raises(TrainingError, match="step 1: loss .*, gradient nan: the run stops by step.not_finite"):
+        train(run)
+    (start,) = read_lines(tmp_path / "run/starts.jsonl")
+    assert (start["first"], start["step"], start["came_to"]) == (0, 2, "failed")
+    assert "<td>failed</td>" in (tmp_path / "run/report.html").read_text("utf-8")
 
 
 def test_a_step_is_of_its_stage(place):

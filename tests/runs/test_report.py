@@ -5,6 +5,7 @@ import json
 import re
 import struct
 import zlib
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -45,6 +46,7 @@ STARTS = [
 
 def test_the_report_shows_what_counted():
     page = report(RUN, JOURNAL, STARTS)
+    assert ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>")).tag == "html"  # all that is opened is closed
     assert "Run &lt;one&gt;" in page and "<td>4 of 8</td>" in page and "<td>50.0%</td>" in page
     assert "The model has no experts." in page and "<td>&lt;p&gt;</td><td>x</td>" in page
     assert "killed at step 4, begun again at step 2, 50 s later; 2 steps were made again" in page
