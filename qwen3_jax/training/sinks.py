@@ -60,8 +60,9 @@ class TensorBoard:
             first: the next step; TensorBoard takes what older files say of it and of later ones to be undone.
         """
         board = importlib.import_module("tensorboardX")
-        # A file's name has but the second of its start.
-        self._writer = board.SummaryWriter(str(folder), purge_step=first or None, filename_suffix=f".from_{first}")
+        # A file's name has but the second of its start; a kill loses what has not been flushed.
+        options = dict(purge_step=first or None, filename_suffix=f".from_{first}", flush_secs=5)
+        self._writer = board.SummaryWriter(str(folder), **options)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Take a line.
