@@ -84,10 +84,8 @@ def _train(run: "Run", console: "Console") -> int:
                 console.print(line)
 
         try:
-            ended = train(run, told, progress.console.print)
+            train(run, told, progress.console.print)
         except (TrainingError, TrainingCheckpointError) as error:
             print(f"qwen3-jax train: {error}", file=sys.stderr)
             return 1
-    seconds = "  ".join(f"{name} {value:.1f}" for name, value in ended.seconds.items())
-    console.print(f"seconds of this start: {seconds}")
     return 0

@@ -123,7 +123,7 @@ def prepare(
         total.tally.check(max_bad_rate, least=1)
         if not total.figures.documents:
             raise DataError(f"{', '.join(sources)}: no document came of {total.tally.records} records")
-        _write(place / INDEX, _index(place, plan, tokenizer, total, len(parts)))
+        _write(place / INDEX, _index(place, plan, work, tokenizer, total, len(parts)))
         return total
 
 
@@ -261,7 +261,7 @@ def _difference(found: Any, plan: dict[str, Any]) -> tuple[str, Any, Any]:
     return "set of files", changed[0], changed[1]
 
 
-def _index(folder: Path, plan: dict[str, Any], tokenizer: Tokenizer, total: Total, count: int) -> dict[str, Any]:
+def _index(folder: Path, plan: dict[str, Any], work: Work, tokenizer: Tokenizer, total: Total, count: int) -> dict[str, Any]:
     parts = []
     for number in range(count):
         documents, _, figures = part_files(folder, number)
@@ -270,6 +270,8 @@ def _index(folder: Path, plan: dict[str, Any], tokenizer: Tokenizer, total: Tota
     return {
         "version": VERSION,
         "tokenizer": plan["settings"]["tokenizer"],
+        # Where it was, for whoever wants text of the ids; the hash says whether it is still the same one.
+        "tokenizer_folder": str(Path(work.tokenizer).resolve() if Path(work.tokenizer).exists() else work.tokenizer),
         "vocab_size": tokenizer.vocab_size,
         **dataclasses.asdict(total.figures),
         "records": total.tally.records,

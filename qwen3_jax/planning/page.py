@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
+from qwen3_jax.pages import STYLE, cells
 from qwen3_jax.planning.plan import Plan
 from qwen3_jax.planning.rank import SOURCES, Row, assumptions
 from qwen3_jax.planning.table import PARTS, gigabytes, milliseconds
@@ -20,14 +21,6 @@ COLORS = {
     "overlapped": "#efb118",
     "waited for": "#ff725c",
 }
-STYLE = """
-body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 92em; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0 }
-th, td { padding: .25em .5em; border-bottom: 1px solid #ddd; text-align: right }
-th:first-child, td:first-child, td.words { text-align: left } h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
-.scroll { overflow-x: auto } .no { color: #b3261e }
-svg text { font: 12px system-ui, sans-serif; fill: #222 } li { margin: .2em 0 }
-"""
 WIDTH, LEFT, BAR = 900, 260, 18  # pixels
 
 
@@ -76,10 +69,6 @@ Bytes, FLOPs and times are of one device and one step.</p>
 """
 
 
-def _cells(kind: str, values: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{kind}>{escape(value)}</{kind}>" for value in values) + "</tr>"
-
-
 def _table(rows: list[Row]) -> str:
     head = [
         "mesh",
@@ -112,7 +101,7 @@ def _table(rows: list[Row]) -> str:
                 f"{row.outcome.seconds:.0f}",
             ]
         )
-    return f"<table>{_cells('th', head)}{''.join(_cells('td', cells) for cells in body)}</table>"
+    return f"<table>{cells('th', head)}{''.join(cells('td', row) for row in body)}</table>"
 
 
 def _collectives(rows: list[Row]) -> str:
@@ -131,7 +120,7 @@ def _collectives(rows: list[Row]) -> str:
         for row in rows
         for move in sorted(row.moves, key=lambda move: -move.seconds)
     ]
-    return f"<table>{_cells('th', head)}{''.join(_cells('td', cells) for cells in body)}</table>"
+    return f"<table>{cells('th', head)}{''.join(cells('td', row) for row in body)}</table>"
 
 
 def _memory(plan: Plan) -> str:

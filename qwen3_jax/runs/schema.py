@@ -210,7 +210,7 @@ class WatchSection(Section):
     held_out: str | None = None
     """Folder of held-out documents, tokenised as the sources are; None: none."""
     held_out_every: int = 500
-    """Steps between measurements of the held-out loss, and between completions of the prompts."""
+    """Steps between measurements of the held-out loss, and between completions of the prompts; the last step has both too."""
     held_out_batches: int = 8
     """Batches of a measurement, the same ones every time."""
     prompts: tuple[str, ...] = ()

@@ -22,14 +22,19 @@ from qwen3_jax.parallel.processes import initialize
 from qwen3_jax.parallel.rules import TRAIN_RULES, Rules
 from qwen3_jax.planning.estimate import model_flops
 from qwen3_jax.runs.dry_run import stage_job
+from qwen3_jax.runs.export import check_export, export, stands
+from qwen3_jax.runs.look import Look
 from qwen3_jax.runs.models import model_config
 from qwen3_jax.runs.parts import about, loader_config, lora_config, optimizer_of, policy_of, stage_step
+from qwen3_jax.runs.report import write_report
 from qwen3_jax.runs.schema import Run, StageSection
 from qwen3_jax.runs.show import shown
+from qwen3_jax.runs.starts import Starts
 from qwen3_jax.runs.toml import RunError
 from qwen3_jax.training.checkpoints import Checkpoints
 from qwen3_jax.training.journal import Journal
 from qwen3_jax.training.loop import Loop, Progress, Stage
+from qwen3_jax.training.sinks import Sink, TensorBoard, Wandb, check_extras
 from qwen3_jax.training.state import abstract_train_state, init_train_state
 from qwen3_jax.training.stopping import Stopping
 from qwen3_jax.tune.lora import attach
@@ -63,8 +68,10 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
 
     Raises:
         RunError: another number of processes than the run names, and what the run's parts refuse.
+        SinkError: TensorBoard or W&B is wanted and not installed.
     """
-    begun = time.perf_counter()
+    begun, clock = time.perf_counter(), time.time()
+    check_extras(tensorboard=run.watch.tensorboard, wandb=run.watch.wandb is not None)
     processes = initialize(mesh=run.mesh.axes)
     wanted = run.mesh.processes
     if wanted is not None and wanted != processes.count:
@@ -77,9 +84,14 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
     rules = dataclasses.replace(rules, dispatch=dataclasses.replace(rules.dispatch, transport=run.mesh.transport))
     optimizer = optimizer_of(run)
     folder = Path(run.output) / run.name
+    watched = run.watch.held_out is not None or run.watch.prompts
+    look = Look(run, config, mesh, rules) if watched else None  # before weights are read, for it may refuse
     with Checkpoints(folder / "checkpoints", keep=run.checkpoint.keep, keep_every=run.checkpoint.keep_every) as checkpoints:
         state, progress = _begin(run, config, mesh, rules, optimizer, checkpoints, said)
-        journal = Journal(folder / "metrics.jsonl", int(state.step), writes=leads)
+        first = int(state.step)
+        check_export(run, first)
+        starts = Starts(folder, first, clock, writes=leads)
+        journal = Journal(folder / "metrics.jsonl", first, writes=leads, sinks=_sinks(run, folder, first) if leads else ())
         stages = [_stage(run, name, stage, config, mesh, rules, optimizer) for name, stage in run.stages.items()]
         loop = Loop(
             stages,
@@ -87,21 +99,42 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
             checkpoints,
             journal,
             about=about(run),
+            look=look,
             told=told if leads else None,
             trace=str(folder / "trace"),
             peak=peak_of(mesh),
         )
-        start = time.perf_counter() - begun
-        with Stopping() as stopping:
-            state, done = loop.run(state, progress, stopping)
-        journal.close()
-        step = int(state.step)
+        start, step, came_to = time.perf_counter() - begun, first, "failed"
+        try:
+            with Stopping() as stopping:
+                state, done = loop.run(state, progress, stopping)
+            step, came_to = int(state.step), "done" if done else "told to end"
+            target = run.checkpoint.export
+            if done and target is not None and not stands(target):  # it stands where a run that is done is started again
+                begun = time.perf_counter()
+                export(run, config, state, rules, target)
+                loop.seconds["save"] += time.perf_counter() - begun
+                said(f"exported to {target}")
+        finally:
+            # Also of a run that stops by itself: what led to it is what one wants to see.
+            journal.close()
+            seconds = dict(start=start, **loop.seconds)
+            starts.end(max(first, loop.reached) if came_to == "failed" else step, came_to, seconds)
+            if leads:
+                write_report(run, folder)
         said(f"{'done' if done else 'told to end: saved'} at step {step:,} of {loop.steps:,}")
-    seconds = dict(start=start, **loop.seconds)
-    if leads:
-        with (folder / "starts.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(ended=time.time(), step=step, done=done, seconds=seconds)) + "\n")
+    said(f"seconds of this start: {'  '.join(f'{name} {value:.1f}' for name, value in seconds.items())}")
     return Ended(step, done, seconds)
+
+
+def _sinks(run: Run, folder: Path, first: int) -> list[Sink]:
+    """What the run's lines go to beside metrics.jsonl."""
+    sinks: list[Sink] = []
+    if run.watch.tensorboard:
+        sinks.append(TensorBoard(folder / "tensorboard", first))
+    if run.watch.wandb is not None:
+        sinks.append(Wandb(folder / "wandb", run.watch.wandb, run.name, about(run)["config"]))
+    return sinks
 
 
 def peak_of(mesh: Mesh) -> float | None:

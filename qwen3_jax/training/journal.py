@@ -1,27 +1,34 @@
-"""metrics.jsonl: a line of figures for each step that is written down; a restart takes back those that will come again."""
+"""metrics.jsonl: a line of figures for each step that is written down; a restart takes back those that will come again.
+
+Other forms of the same lines (qwen3_jax.training.sinks) are written beside it.
+"""
 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qwen3_jax.training.sinks import Sink
+
 
 class Journal:
     """The lines of a run, appended by process 0 alone."""
 
-    def __init__(self, path: Path, first: int, *, writes: bool = True):
+    def __init__(self, path: Path, first: int, *, writes: bool = True, sinks: Sequence[Sink] = ()):
         """Open it for a run that goes on at a step.
 
         Args:
             path: the file.
             first: the next step; lines of it and of later ones, and a line that was cut off, are taken out.
             writes: whether this process writes; on others nothing happens.
+            sinks: take each line too; given on the process that writes, and closed with the journal.
         """
         self._file = None
+        self._sinks = sinks
         if not writes:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,13 +46,18 @@ class Journal:
             line: JSON, its arrays and numpy scalars as lists and numbers.
         """
         if self._file is not None:
-            self._file.write(json.dumps({name: plain(value) for name, value in line.items()}, allow_nan=False) + "\n")
+            told = {name: plain(value) for name, value in line.items()}
+            self._file.write(json.dumps(told, allow_nan=False) + "\n")
             self._file.flush()
+            for sink in self._sinks:
+                sink.write(told)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, and the sinks."""
         if self._file is not None:
             self._file.close()
+            for sink in self._sinks:
+                sink.close()
 
 
 def plain(value: Any) -> Any:

@@ -74,7 +74,7 @@ class Policy:
     Attributes:
         save_every: between saves.
         write_every: between lines of the journal.
-        look_every: between calls of `look`.
+        look_every: between calls of `look`, which also sees the last step.
         not_finite: whether a step that is not finite is left out, or ends the run.
         max_skipped: steps left out in a row that end the run.
         spike: nats above the running mean of the loss at which the run goes back to its last checkpoint; None: never.
@@ -147,6 +147,7 @@ class Loop:
         self._tracing = False
         self._peak = peak
         self._seen = time.perf_counter()
+        self.reached = 0  # steps whose figures have been looked at, counted from the run's first
         self.seconds: dict[str, float] = dict(train=0.0, compile=0.0, save=0.0, look=0.0, restore=0.0, data=0.0)
 
     @property
@@ -218,7 +219,7 @@ class Loop:
             waiting = (at, stage, metrics)
             at += 1
             due = at % self._policy.save_every == 0 or at == first + stage.steps
-            looking = self._look is not None and at % self._policy.look_every == 0
+            looking = self._look is not None and (at % self._policy.look_every == 0 or at == self.steps)
             if due or looking:
                 back = self._settle(waiting, progress) or back
                 waiting = None
@@ -228,8 +229,11 @@ class Loop:
                 continue
             if looking and self._look is not None:
                 begun = time.perf_counter()
-                self._journal.write(dict(step=at - 1, stage=stage.name, **self._look(at, state)))
-                self.seconds["look"] += time.perf_counter() - begun
+                found = self._look(at, state)
+                self._journal.write(dict(step=at - 1, stage=stage.name, tokens_seen=self._tokens(at), **found))
+                took = time.perf_counter() - begun
+                self.seconds["look"] += took
+                self._seen += took  # no time of the next step's
             if due:
                 progress.data = data.state()
                 self._save(at, state, progress)
@@ -244,12 +248,14 @@ class Loop:
         begun = time.perf_counter()
         small = {name: value.item() for name, value in jax.device_get({k: v for k, v in metrics.items() if not v.ndim}).items()}
         self.seconds["train"] += time.perf_counter() - begun
+        self.reached = step + 1
         loss, in_a_row = small["loss"], small["skipped_in_a_row"]
         if in_a_row and self._policy.not_finite == "stop":
             raise TrainingError(f"step {step}: loss {loss}, gradient {small['grad_norm']}: the run stops by step.not_finite")
         if in_a_row >= self._policy.max_skipped:
             raise TrainingError(f"step {step}: {in_a_row} steps in a row were not finite: the run stops by step.max_skipped")
         figures = dict(step=step, stage=stage.name, tokens_seen=self._tokens(step + 1), **self._speed(stage), **small)
+        figures["time"] = time.time()
         if self._told is not None:
             self._told(step, figures)
         if (step + 1) % self._policy.write_every == 0 or in_a_row:
@@ -294,7 +300,9 @@ class Loop:
         self.seconds["train"] += time.perf_counter() - begun
         begun = time.perf_counter()
         self._checkpoints.save(step, state, self._about | dict(progress=dataclasses.asdict(progress)))
-        self.seconds["save"] += time.perf_counter() - begun
+        took = time.perf_counter() - begun
+        self.seconds["save"] += took
+        self._seen += took
 
     def _profile(self, step: int) -> None:
         if self._policy.profile is None or self._trace is None:

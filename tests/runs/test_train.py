@@ -8,15 +8,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore as ts
+from flax import nnx
 
+from qwen3_jax import cross_entropy, from_pretrained, generate, load_tokenizer
+from qwen3_jax.checkpoint.pretrained import parameters
+from qwen3_jax.data.loader import LoaderConfig, make_loader
+from qwen3_jax.data.mixture import Source
 from qwen3_jax.data.prepare import prepare
 from qwen3_jax.data.worker import Work
 from qwen3_jax.training.journal import read_lines
 from tests.chat.tiny import SAMPLE
 from tests.parallel.launch import free_port, together
+from tests.training.events import figures
 from tools.demo.corpus import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +82,11 @@ every = 3
 
 [watch]
 every = 1
+held_out = "{place}/more"
+held_out_every = 7
+held_out_batches = 2
 """
+WATCHED = [*("--watch.tensorboard", "true", "--watch.prompts", '["def read(", "path"]'), "--checkpoint.export"]
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +137,9 @@ def at_step(process, step, number):
 
 
 def curve(place):
-    lines = read_lines(place / "runs/tiny/metrics.jsonl")
-    return [
-        {name: line[name] for name in ("step", "stage", "loss", "grad_norm", "expert_load", "tokens_seen")} for line in lines
-    ]
+    """What a run's lines say of its steps, and of its held-out loss."""
+    told = ("step", "stage", "loss", "grad_norm", "expert_load", "tokens_seen", "held_out_loss")
+    return [{name: line[name] for name in told if name in line} for line in read_lines(place / "runs/tiny/metrics.jsonl")]
 
 
 def final_arrays(place):
@@ -143,23 +154,83 @@ def final_arrays(place):
 
 
 @pytest.fixture(scope="module")
-def straight(prepared, tmp_path_factory):
+def watched(prepared, tmp_path_factory):
+    """A run without a stop, watched in all ways; its folder."""
     place = tmp_path_factory.mktemp("straight")
     (place / "run.toml").write_text(RUN.format(place=place))
     for name in ("text", "more"):
         (place / name).symlink_to(prepared / name)
-    code, out = finish(begin(prepared, place))
+    code, out = finish(begin(prepared, place, *WATCHED, str(place / "exported")))
     assert code == 0, out
     assert "done at step 14 of 14" in out
-    return curve(place), final_arrays(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def straight(watched):
+    return curve(watched), final_arrays(watched)
 
 
 def test_a_run_learns_in_its_stages(straight):
-    lines, arrays = straight
+    found, arrays = straight
+    lines = [line for line in found if "loss" in line]
     assert [line["stage"] for line in lines] == ["first"] * 6 + ["second"] * 8
     assert [line["tokens_seen"] for line in lines] == [512 * n for n in range(1, 15)]
     assert np.mean([line["loss"] for line in lines[-3:]]) < 0.8 * lines[0]["loss"]
     assert int(arrays["step"]) == 14 and int(arrays["guard.skipped"]) == 0
+
+
+@pytest.fixture(scope="module")
+def exported(watched):
+    return from_pretrained(watched / "exported", dtype=np.float32)
+
+
+def test_the_export_is_the_last_checkpoint(straight, exported):
+    _, arrays = straight
+    found = parameters(nnx.state(exported, nnx.Param))
+    assert {f"params.{name}" for name in found} == {name for name in arrays if name.startswith("params.")}
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, arrays[f"params.{name}"], err_msg=name)
+    assert exported.config.rope_theta == 50000.0  # the last stage's
+
+
+def test_a_run_is_looked_at(watched, exported):
+    """What its last line says is what one device makes of the exported model and the same documents."""
+    looks = [line for line in read_lines(watched / "runs/tiny/metrics.jsonl") if "held_out_loss" in line]
+    assert [line["step"] for line in looks] == [6, 13]
+    assert looks[1]["held_out_loss"] < looks[0]["held_out_loss"]
+    tok = load_tokenizer(watched / "exported")
+    config = LoaderConfig((Source("held_out", str(watched / "more")),), seed=0)
+    losses, weights = 0.0, 0.0
+    with make_loader(config, batch=4, seq=64, process_index=0, process_count=1) as loader:
+        for _ in range(2):
+            batch = jax.tree.map(jnp.asarray, next(loader))
+            out = exported(batch.tokens, segment_ids=batch.segment_ids)
+            weight = float(batch.mask.sum())
+            losses, weights = losses + weight * float(cross_entropy(out.logits, batch.labels, batch.mask)), weights + weight
+    np.testing.assert_allclose(looks[1]["held_out_loss"], losses / weights, rtol=1e-5)
+    for prompt, text in looks[1]["completions"].items():
+        out = generate(exported, [tok.encode(prompt)], max_new_tokens=64, stop_tokens=tok.stop_token_ids)
+        assert text == tok.decode(out.tokens[0, : int(out.lengths[0])]) and len(text) > 8
+    assert list(looks[1]["completions"]) == ["def read(", "path"]
+
+
+def test_a_run_is_told_to_boards_and_reported(watched):
+    folder = watched / "runs/tiny"
+    lines = list(read_lines(folder / "metrics.jsonl"))
+    found = figures(folder / "tensorboard")
+    assert [step for step, _ in found["loss"]] == list(range(14))
+    np.testing.assert_allclose(
+        [loss for _, loss in found["loss"]], [line["loss"] for line in lines if "loss" in line], rtol=1e-6
+    )
+    assert [step for step, _ in found["held_out_loss"]] == [6, 13]
+    (start,) = read_lines(folder / "starts.jsonl")
+    kinds = {"start", "compile", "train", "data", "save", "look", "restore"}
+    assert start["came_to"] == "done" and set(start["seconds"]) == kinds
+    assert sum(start["seconds"].values()) <= start["ended"] - start["begun"]
+    page = (folder / "report.html").read_text("utf-8")
+    assert page.count("<svg") == 3 and page.count("<img") == 3 and "<td>14 of 14</td>" in page
+    assert not (folder / "under_way.json").exists()
 
 
 def test_kills_leave_no_trace_in_curve_or_weights(straight, prepared, place):
@@ -172,6 +243,11 @@ def test_kills_leave_no_trace_in_curve_or_weights(straight, prepared, place):
     assert code == 0, out
     assert "goes on at step" in out
     assert curve(place) == straight[0]
+    starts = list(read_lines(place / "runs/tiny/starts.jsonl"))
+    assert [start["came_to"] for start in starts] == ["killed"] * 3 + ["done"]
+    for start, at in zip(starts, (2, 7, 12), strict=False):
+        assert start["step"] >= at, starts  # the line of the step that was told need not have been written
+    assert "killed at step" in (place / "runs/tiny/report.html").read_text("utf-8")
     found = final_arrays(place)
     assert found.keys() == straight[1].keys()
     for name, array in found.items():

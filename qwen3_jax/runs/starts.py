@@ -1,0 +1,67 @@
+"""starts.jsonl: for each start of a run when it was, what it came to, and where its time went; process 0 writes it.
+
+A start that is killed writes nothing. The next one does it in its place, by the times in the journal, before the journal's
+lines of steps that will come again are taken out.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen3_jax.training.journal import read_lines
+
+
+class Starts:
+    """The starts of a run."""
+
+    def __init__(self, folder: Path, first: int, begun: float, *, writes: bool = True):
+        """Note a start, and the one before it if that has been killed.
+
+        Args:
+            folder: of the run, its metrics.jsonl as the start before has left it.
+            first: the step that this start begins with.
+            begun: when, in seconds since 1970.
+            writes: whether this process does.
+        """
+        self._file, self._under_way = folder / "starts.jsonl", folder / "under_way.json"
+        self._first, self._begun, self._writes = first, begun, writes
+        if not writes:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._under_way.exists():
+            self._append(_killed(json.loads(self._under_way.read_text("utf-8")), folder / "metrics.jsonl", first))
+        self._under_way.write_text(json.dumps(dict(begun=begun, first=first)), encoding="utf-8")
+
+    def end(self, step: int, came_to: str, seconds: Mapping[str, float]) -> None:
+        """Note the end of this start.
+
+        Args:
+            step: steps made in all.
+            came_to: "done", "told to end" or "failed".
+            seconds: of each kind.
+        """
+        if not self._writes:
+            return
+        self._append(
+            dict(begun=self._begun, ended=time.time(), first=self._first, step=step, came_to=came_to, seconds=dict(seconds))
+        )
+        self._under_way.unlink()
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _killed(start: Mapping[str, Any], journal: Path, first: int) -> dict[str, Any]:
+    """What is known of a start that was killed, once the next one begins with step `first`: `again` is of steps made twice."""
+    found = [line for line in read_lines(journal) if line.get("time", 0) > start["begun"]] if journal.exists() else []
+    line = dict(begun=start["begun"], ended=None, first=start["first"], step=start["first"], came_to="killed", seconds={})
+    if not found:
+        return line
+    kept = [line["time"] for line in found if line["step"] < first]
+    begun, ended = found[0]["time"], found[-1]["time"]
+    saved = kept[-1] if kept else begun
+    seconds = dict(start=begun - start["begun"], train=saved - begun, again=ended - saved)
+    return line | dict(ended=ended, step=found[-1]["step"] + 1, seconds=seconds)
