@@ -81,7 +81,6 @@ def _numbers(run: Run) -> Iterator[Contradiction]:
         "checkpoint.every": run.checkpoint.every,
         "checkpoint.keep": run.checkpoint.keep,
         "checkpoint.keep_every": run.checkpoint.keep_every,
-        "checkpoint.grace": run.checkpoint.grace,
         "watch.every": run.watch.every,
         "watch.held_out_every": run.watch.held_out_every,
         "mesh.slices": run.mesh.slices,

@@ -191,8 +191,6 @@ class CheckpointSection(Section):
     """Newest checkpoints that are kept."""
     keep_every: int | None = None
     """Steps whose multiples are kept for good; None: none."""
-    grace: float = 30.0
-    """Seconds that a SIGTERM leaves for the last save."""
     export: str | None = None
     """Folder of the trained model in Hugging Face's form, written at the end."""
 

@@ -285,9 +285,10 @@ class Loop:
         """The last checkpoint's state; the data stays where it is, past what the loss rose on."""
         begun = time.perf_counter()
         self._checkpoints.wait()
-        found = self._checkpoints.restore(state)
-        if found is None:
+        if not self._checkpoints.steps():
             raise TrainingError(f"step {at - 1}: the loss rose by step.spike, and there is no checkpoint yet to go back to")
+        found = self._checkpoints.restore(_given_up(state))
+        assert found is not None  # there are some
         progress.rewound.append([at, found.step])
         progress.mean = found.run["progress"]["mean"]
         self._journal.write(dict(step=found.step, rewound_from=at))
@@ -318,3 +319,15 @@ class Loop:
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False
+
+
+def _given_up(state: Any) -> Any:
+    """The shapes of a state whose arrays are let go of, so that there is room for another one; what is frozen stays."""
+
+    def shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        form = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        leaf.delete()
+        return form
+
+    held = jax.tree.map(shape, dataclasses.replace(state, frozen=None))
+    return dataclasses.replace(held, frozen=state.frozen)

@@ -102,6 +102,11 @@ def largest_process():
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 
 
+def inherited() -> int:
+    """Kilobytes that any child counts at least: it begins as this process, as large as that has been, and touches some more."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + 2_000
+
+
 @pytest.mark.parametrize("source", ATTACKS, ids=range(len(ATTACKS)))
 def test_a_hostile_template_is_stopped_soon(source):
     begin, before = time.monotonic(), largest_process()
@@ -109,7 +114,7 @@ def test_a_hostile_template_is_stopped_soon(source):
         render(source, {"messages": [{"role": "user", "content": "a"}]})
     # Two seconds of processor time, or five times that on the clock where others are at work.
     assert time.monotonic() - begin < 15
-    assert largest_process() < max(before + 1, 600_000)
+    assert largest_process() <= max(before, inherited(), 600_000)
     assert render("{{ 1 + 1 }}", {}) == "2"
 
 
