@@ -27,6 +27,8 @@ from tests.parallel.launch import free_port, together
 from tests.training.events import figures
 from tools.demo.corpus import train_tokenizer
 
+# Compilers take most of a start's time, and these programs run for a second.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ROOT = Path(__file__).resolve().parents[2]
 RUN = """\
 name = "tiny"
@@ -112,7 +114,7 @@ def place(prepared, tmp_path):
 
 def begin(prepared, place, *words):
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {QUICK}",
         "JAX_COMPILATION_CACHE_DIR": str(prepared / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -271,13 +273,13 @@ def test_a_sigterm_saves_and_ends_well(straight, prepared, place):
 def test_two_processes_and_one_make_the_same_run(straight, prepared, place):
     """Two are told to end, by a signal to each at its own moment, and one goes on: the same data, the curve within 1e-5."""
     variables = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {QUICK}",
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
         "JAX_NUM_PROCESSES": "2",
     }
     command = ["-m", "qwen3_jax.cli.main", "train", str(place / "run.toml"), "--mesh.processes", "2"]
     with together([command] * 2, [variables | {"JAX_PROCESS_ID": str(at)} for at in range(2)]) as processes:
-        processes[0].read_until("step 7 ")
+        processes[0].read_until("step 2 ")
         for process in processes:
             process.signal(signal.SIGTERM)
         codes = [process.end() for process in processes]
@@ -286,7 +288,7 @@ def test_two_processes_and_one_make_the_same_run(straight, prepared, place):
         assert not any(line.startswith("step ") for line in processes[1].printed)
     found = re.search(r"told to end: saved at step (\d+) of 14", said)
     assert found is not None, said
-    assert 8 <= int(found[1]) < 14
+    assert 3 <= int(found[1]) < 14
     code, out = finish(begin(prepared, place))
     assert code == 0 and f"goes on at step {found[1]}" in out, out
     for one, other in zip(curve(place), straight[0], strict=True):

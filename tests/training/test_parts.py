@@ -48,12 +48,11 @@ def test_parts_are_one_big_batch(name):
     model, batch = skewed(name), uneven()
     options = dict(z_loss=1e-2, balance=0.1, balance_over="exact", router_z_loss=1e-2)
     wanted, whole = moved(model, batch, **options)
-    for parts in (2, 8):
-        found, metrics = moved(model, batch, parts=parts, **options)
-        close(found, wanted)
-        for key in ("loss", "balance_loss", "router_z_loss", "router_entropy", "expert_load", "max_violation", "grad_norm"):
-            np.testing.assert_allclose(metrics[key], whole[key], rtol=2e-6, atol=1e-7, err_msg=key)
-        assert float(metrics["tokens"]) == float(whole["tokens"])
+    found, metrics = moved(model, batch, parts=4, **options)
+    close(found, wanted)
+    for key in ("loss", "balance_loss", "router_z_loss", "router_entropy", "expert_load", "max_violation", "grad_norm"):
+        np.testing.assert_allclose(metrics[key], whole[key], rtol=2e-6, atol=1e-7, err_msg=key)
+    assert float(metrics["tokens"]) == float(whole["tokens"])
 
 
 @pytest.mark.parametrize("over", ["microbatch", "running", "exact"])
