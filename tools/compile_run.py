@@ -90,10 +90,9 @@ def lowered(path: str, name: str, layers: int | None, topology: str | None) -> A
     from jax.sharding import NamedSharding
 
     from qwen3_jax import make_mesh
-    from qwen3_jax.parallel.rules import TRAIN_RULES
     from qwen3_jax.planning.topology import devices_of, parse_topology
     from qwen3_jax.runs.models import model_config
-    from qwen3_jax.runs.parts import lora_config, optimizer_of, stage_step
+    from qwen3_jax.runs.parts import lora_config, optimizer_of, rules_of, stage_step
     from qwen3_jax.runs.resolve import resolve
     from qwen3_jax.training.state import Batch, abstract_train_state
 
@@ -102,7 +101,7 @@ def lowered(path: str, name: str, layers: int | None, topology: str | None) -> A
     config = dataclasses.replace(config, num_hidden_layers=layers) if layers else config
     chips = parse_topology(topology or str(run.mesh.topology), run.mesh.slices)
     mesh = make_mesh(run.mesh.axes, slices=run.mesh.slices, devices=devices_of(chips))
-    rules, optimizer = TRAIN_RULES.replace_rows(run.mesh.rules), optimizer_of(run)
+    rules, optimizer = rules_of(run), optimizer_of(run)
     state = abstract_train_state(
         config,
         optimizer,

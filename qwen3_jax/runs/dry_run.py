@@ -7,12 +7,12 @@ from jax.sharding import AbstractMesh, AxisType
 from rich.table import Table
 
 from qwen3_jax.parallel.mesh import AXES, axis_sizes
-from qwen3_jax.parallel.rules import TRAIN_RULES
 from qwen3_jax.planning.estimate import device_memory
 from qwen3_jax.planning.job import Job
 from qwen3_jax.planning.shares import shares
 from qwen3_jax.planning.topology import parse_topology
 from qwen3_jax.runs.models import model_config
+from qwen3_jax.runs.parts import rules_of
 from qwen3_jax.runs.schema import OptimizerSection, Run, StageSection
 from qwen3_jax.runs.toml import RunError
 
@@ -99,7 +99,7 @@ def dry_run(run: Run, devices: int | None = None) -> Need:
         raise RunError("mesh.topology is not given: accepted is the chips that the run is meant for, as v5p:4x4x8")
     sizes = axis_sizes(run.mesh.axes, count)
     mesh = AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-    rules = TRAIN_RULES.replace_rows(run.mesh.rules)
+    rules = rules_of(run)
     found = []
     for name, stage in run.stages.items():
         job = stage_job(run, stage)

@@ -14,7 +14,7 @@ from qwen3_jax import __version__
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.data.loader import LoaderConfig
 from qwen3_jax.data.mixture import Source
-from qwen3_jax.parallel.rules import Rules
+from qwen3_jax.parallel.rules import TRAIN_RULES, Rules
 from qwen3_jax.runs.schema import Run, StageSection
 from qwen3_jax.training.loop import Policy
 from qwen3_jax.training.optimizer import adamw, muon
@@ -79,6 +79,12 @@ def about(run: Run) -> dict[str, Any]:
     libraries = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     versions = {"qwen3-jax": __version__, "python": platform.python_version(), **{name: version(name) for name in libraries}}
     return dict(config=json.loads(json.dumps(dataclasses.asdict(run), default=dict)), versions=versions)
+
+
+def rules_of(run: Run) -> Rules:
+    """Which mesh axes split what in a run, and how its tokens travel to experts."""
+    rules = TRAIN_RULES.replace_rows(run.mesh.rules)
+    return dataclasses.replace(rules, dispatch=dataclasses.replace(rules.dispatch, transport=run.mesh.transport))
 
 
 def lora_config(run: Run) -> LoraConfig | None:

@@ -105,7 +105,7 @@ class OptimizerSection(Section):
     max_grad_norm: float | None = 1.0
     """Gradients longer than this are scaled down to it; None never."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the first moment; the second stays in float32 unless its decay lets bfloat16 see a step."""
+    """Of the first moment, or of muon's momentum; the second is in the parameters' dtype."""
     offload: bool = False
     """Keep the optimizer's state in host memory between steps."""
 

@@ -19,13 +19,13 @@ from qwen3_jax.data.state import merge_states
 from qwen3_jax.model.transformer import Qwen3
 from qwen3_jax.parallel.batches import global_batch, process_rows
 from qwen3_jax.parallel.processes import initialize
-from qwen3_jax.parallel.rules import TRAIN_RULES, Rules
+from qwen3_jax.parallel.rules import Rules
 from qwen3_jax.planning.estimate import model_flops
 from qwen3_jax.runs.dry_run import stage_job
 from qwen3_jax.runs.export import check_export, export, stands
 from qwen3_jax.runs.look import Look
 from qwen3_jax.runs.models import model_config
-from qwen3_jax.runs.parts import about, loader_config, lora_config, optimizer_of, policy_of, stage_step
+from qwen3_jax.runs.parts import about, loader_config, lora_config, optimizer_of, policy_of, rules_of, stage_step
 from qwen3_jax.runs.report import write_report
 from qwen3_jax.runs.schema import Run, StageSection
 from qwen3_jax.runs.show import shown
@@ -80,8 +80,7 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
     if mesh is None:
         raise RunError("mesh.axes is empty: accepted are sizes by axis, fsdp=-1 for all devices")
     said = said if leads else _quiet
-    config, rules = model_config(run.model), TRAIN_RULES.replace_rows(run.mesh.rules)
-    rules = dataclasses.replace(rules, dispatch=dataclasses.replace(rules.dispatch, transport=run.mesh.transport))
+    config, rules = model_config(run.model), rules_of(run)
     optimizer = optimizer_of(run)
     folder = Path(run.output) / run.name
     watched = run.watch.held_out is not None or run.watch.prompts

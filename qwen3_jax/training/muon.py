@@ -1,5 +1,6 @@
 """Muon for stacks of layers on a mesh: optax's orthogonalisation, one layer at a time."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -102,11 +103,7 @@ def _orthogonalised(orthogonal: Any, layer: Float[Array, "..."], batch: int, out
     if layout is not None:
         layer = jax.sharding.reshard(layer, PartitionSpec(*layout[:batch], *(None,) * (layer.ndim - batch)))
     lead, out, inner = layer.shape[:batch], layer.shape[batch : batch + outputs], layer.shape[batch + outputs :]
-    rows, columns = 1, 1
-    for size in out:
-        rows *= size
-    for size in inner:
-        columns *= size
+    rows, columns = math.prod(out), math.prod(inner)
 
     def one(matrix: Float[Array, "O I"]) -> Float[Array, "O I"]:
         update, _ = orthogonal.update(matrix, orthogonal.init(matrix))
