@@ -11,15 +11,15 @@ import pytest
 from rich.console import Console
 
 from qwen3_jax import ThinkingBudget
-from tools.demo.__main__ import PEAK_RATE, schedule, text_after_cut
+from tools.demo.__main__ import PEAK_RATE, WARMUP, cut_row, schedule, text_after_cut
 from tools.demo.report import answer_panel, largest_difference, load_table, mesh_line, terminal_curve, verdict_line
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 19, 20, 21, 80, 400])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 59, 60, 61, 240, 400])
 def test_the_rate_rises_and_falls_in_a_run_of_any_length(steps):
     rates = np.asarray(schedule(steps)(jnp.arange(steps + 1)))
     assert np.isfinite(rates).all() and rates.max() <= PEAK_RATE * 1.001
-    assert rates[min(20, steps // 4)] == pytest.approx(PEAK_RATE)
+    assert rates[min(WARMUP, steps // 4)] == pytest.approx(PEAK_RATE)
     assert rates[-1] == pytest.approx(PEAK_RATE / 10)
 
 
@@ -45,6 +45,14 @@ TOK = SimpleNamespace(stop_token_ids=(STOP,), decode=lambda ids: " ".join(map(st
 )
 def test_a_cut_is_one_only_where_the_words_stand_and_text_follows(written, follows):
     assert text_after_cut(written, BUDGET, TOK) == follows
+
+
+CUT, OWN, LATE = [THINK, 7, 20, 5, END, 6, 30], [THINK, 20, END, 30, STOP], [THINK, 7, 20, 21, 5, END, 6, 30]
+
+
+@pytest.mark.parametrize("rows, row", [([OWN, CUT], 1), ([CUT[:-1], CUT], 1), ([OWN, OWN], None), ([CUT, LATE], None)])
+def test_of_some_answers_one_is_cut_and_none_thinks_on(rows, row):
+    assert cut_row(rows, BUDGET, TOK) == row
 
 
 def test_all_that_the_demo_shows_fits_one_screen():

@@ -38,6 +38,7 @@ from tools.demo.report import (
 
 VOCABULARY = 4096
 PEAK_RATE = 2e-3
+WARMUP = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +64,12 @@ class Options:
 
 
 def schedule(steps: int) -> optax.Schedule:
-    """Learning rate: up in twenty steps, or in a quarter of a shorter run, then down to a tenth along a cosine."""
-    return optax.warmup_cosine_decay_schedule(0.0, PEAK_RATE, min(20, steps // 4), steps, PEAK_RATE / 10)
+    """Learning rate: up in sixty steps, or in a quarter of a shorter run, then down to a tenth along a cosine.
+
+    A third of that makes the loss jump by a nat at the top, where weights 1e-7 apart end 0.2 nats apart: the mesh could not be
+    held to one device's curve.
+    """
+    return optax.warmup_cosine_decay_schedule(0.0, PEAK_RATE, min(WARMUP, steps // 4), steps, PEAK_RATE / 10)
 
 
 def demo_config(end_id: int, pad_id: int) -> Qwen3Config:
@@ -178,6 +183,23 @@ def text_after_cut(written: list[int], budget: qwen3_jax.ThinkingBudget, tok) ->
     return tok.decode([token for token in written[end:] if token not in tok.stop_token_ids]).strip()
 
 
+def cut_row(rows: list[list[int]], budget: qwen3_jax.ThinkingBudget, tok) -> int | None:
+    """Which of some answers was cut at the budget and wrote on.
+
+    Args:
+        rows: the generated ids of each.
+        budget: one number of tokens.
+        tok: decodes.
+
+    Returns:
+        The first that was; None if there is none, or if any row neither was cut nor ended its thought itself within the budget.
+    """
+    texts = [text_after_cut(row, budget, tok) for row in rows]
+    if any(text is None and budget.end_id not in row[: budget.tokens] for text, row in zip(texts, rows, strict=True)):
+        return None
+    return next((number for number, text in enumerate(texts) if text), None)
+
+
 def write_three_ways(model, tok, prompt: str, console: Console) -> bool:
     """Generate with thinking on, off, and cut at a budget.
 
@@ -185,27 +207,32 @@ def write_three_ways(model, tok, prompt: str, console: Console) -> bool:
         Whether each mode did what it should: thought, did not think, was cut exactly at its budget and then wrote on.
     """
     budget = tok.thinking_budget(3)
+    # A third of what was taught has an empty thought: one answer may well end its own before the budget does, eight will not.
     modes = {
-        "thinking": (True, None),
-        "not thinking": (False, None),
-        f"cut after {budget.tokens} tokens of thought": (True, budget),
+        "thinking": (True, None, 1),
+        "not thinking": (False, None, 1),
+        f"cut after {budget.tokens} tokens of thought": (True, budget, 8),
     }
     good = True
-    for number, (name, (thinks, limit)) in enumerate(modes.items()):
+    for number, (name, (thinks, limit, answers)) in enumerate(modes.items()):
         ids = tok.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, enable_thinking=thinks)
         out = qwen3_jax.generate(
             model,
-            jnp.asarray([ids], jnp.int32),
+            jnp.asarray([ids] * answers, jnp.int32),
             max_new_tokens=128,
             sampling=Sampling(temperature=0.7, top_p=0.9, top_k=20),
             key=jax.random.key(number),
             stop_tokens=tok.stop_token_ids,
             thinking=limit,
         )
-        written = [int(token) for token in out.tokens[0, : int(out.lengths[0])]]
-        text = tok.decode(written)
-        good &= ("<think>" in text) == thinks if limit is None else bool(text_after_cut(written, limit, tok))
-        console.print(answer_panel(name, text))
+        rows = [[int(token) for token in row[:length]] for row, length in zip(out.tokens, out.lengths, strict=True)]
+        if limit is None:
+            shown = 0
+            good &= ("<think>" in tok.decode(rows[0])) == thinks
+        else:
+            shown = cut_row(rows, limit, tok)
+            good &= shown is not None
+        console.print(answer_panel(name, tok.decode(rows[shown or 0])))
     return good
 
 
@@ -258,7 +285,7 @@ def main(options: Options) -> int:
     console.print(f"exported to {folder} and read back: logits {'the same to the bit' if same else '[red]DIFFER[/]'}")
     wrote = write_three_ways(again, qwen3_jax.load_tokenizer(folder), "def read_file(path, encoding='utf-8'):", console)
     fell = held_out[-1][1] < 0.75 * held_out[0][1]
-    on_curve = largest_difference(losses, on_mesh) < 0.01
+    on_curve = largest_difference(losses, on_mesh) < 2e-3
     verdicts = {"loss fell": fell, "mesh as one device": on_curve, "round trip": same, "three modes": wrote}
     console.print(verdict_line(verdicts))
     console.print(f"picture: {picture}   all in {time.monotonic() - begin:.0f} s")
