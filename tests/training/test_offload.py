@@ -8,6 +8,8 @@ import pytest
 from qwen3_jax import adamw, init_train_state, make_mesh, make_train_step
 from tests.parallel.test_on_mesh import batch, on_mesh, skewed
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.mark.parametrize("name, wish", [("dense", None), ("alternating", "fsdp=2,expert=4")])
 def test_training_is_the_same_to_the_bit_and_stays_in_host_memory(name, wish):

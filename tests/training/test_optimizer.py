@@ -15,6 +15,8 @@ from qwen3_jax.training.muon import CONSISTENT_RMS, OUTPUTS, is_matrix, names_of
 from qwen3_jax.training.optimizer import by_step, decayed, muon
 from tests.model.models import random_model
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def tree(name="alternating"):
     return nnx.to_pure_dict(nnx.state(random_model(name), nnx.Param))

@@ -30,6 +30,8 @@ from tests.parity.build import filled_model
 from tests.tune import peft_cases
 from tests.tune.test_lora import LORA, adapted, on_mesh
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "peft"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
