@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,14 +113,22 @@ def place(prepared, tmp_path):
     return tmp_path
 
 
-def begin(prepared, place, *words):
-    env = os.environ | {
+def environ_of(prepared):
+    return os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {QUICK}",
         "JAX_COMPILATION_CACHE_DIR": str(prepared / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-m", "qwen3_jax.cli.main", "train", str(place / "run.toml"), *words]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def command_of(place, *words):
+    return [sys.executable, "-m", "qwen3_jax.cli.main", "train", str(place / "run.toml"), *words]
+
+
+def begin(prepared, place, *words):
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command_of(place, *words), cwd=ROOT, env=environ_of(prepared), **options)
 
 
 def finish(process):
@@ -138,14 +147,14 @@ def at_step(process, step, number):
     return "".join(said)
 
 
-def curve(place):
+def curve(place, runs="runs"):
     """What a run's lines say of its steps, and of its held-out loss."""
     told = ("step", "stage", "loss", "grad_norm", "expert_load", "tokens_seen", "held_out_loss")
-    return [{name: line[name] for name in told if name in line} for line in read_lines(place / "runs/tiny/metrics.jsonl")]
+    return [{name: line[name] for name in told if name in line} for line in read_lines(place / runs / "tiny/metrics.jsonl")]
 
 
-def final_arrays(place):
-    folder = place / "runs/tiny/checkpoints/14/state"
+def final_arrays(place, runs="runs"):
+    folder = place / runs / "tiny/checkpoints/14/state"
     names = json.loads((folder / "_METADATA").read_text())["tree_metadata"].values()
     found = {}
     for entry in names:
@@ -302,6 +311,57 @@ def test_two_processes_and_one_make_the_same_run(straight, prepared, place):
         np.testing.assert_allclose(
             found_arrays[name], array, rtol=1e-4, atol=1e-5 * max(1.0, np.abs(array).max()), err_msg=name
         )
+
+
+def as_at_step_9(watched, place):
+    """The run as it was then, with lines of steps that come again; its newest checkpoint is step 9's."""
+    shutil.copytree(watched / "runs/tiny/checkpoints/9", place / "runs/tiny/checkpoints/9")
+    shutil.copy(watched / "runs/tiny/metrics.jsonl", place / "runs/tiny")
+    return place / "runs"
+
+
+def test_on_another_mesh_the_run_is_the_same(straight, watched, prepared, place):
+    """The data to its last document, the curve within 1e-5."""
+    as_at_step_9(watched, place)
+    code, out = finish(begin(prepared, place, "--mesh.axes", "data=4"))
+    assert code == 0, out
+    assert "goes on at step 9" in out and "changed since it was saved: mesh.axes" in out
+    for one, other in zip(curve(place), straight[0], strict=True):
+        (name,) = {"loss", "held_out_loss"} & other.keys()
+        assert one[name] == pytest.approx(other[name], rel=1e-5), other["step"]
+    stands = [json.loads((at / "runs/tiny/checkpoints/14/run/metadata").read_text())["progress"] for at in (watched, place)]
+    assert stands[0]["data"] == stands[1]["data"]
+
+
+# A file system of its own where this user may mount one: it is full but for what lines of the journal take. Elsewhere files
+# have a largest size, which checkpoints are above.
+FULL = """
+if unshare -Urm true 2>/dev/null; then exec unshare -Urm sh -c '
+    mount -t tmpfs -o size=16m none "$1" && cp -r "$2"/. "$1" && { head -c 16m /dev/zero > "$1/ballast" || true; }
+    truncate -s -64k "$1/ballast"; shift 2; "$@"; echo "code $?"
+    rm runs/ballast && "$@" && cp -r runs kept' sh "$@"
+fi
+cp -r "$2"/. "$1"; shift 2; (ulimit -f 64; "$@"); echo "code $?"
+"$@" && cp -r runs kept
+"""
+
+
+def test_a_full_disk_ends_the_run_with_one_error_and_with_room_it_goes_on(straight, watched, prepared, place):
+    (place / "was").mkdir()
+    as_at_step_9(watched, place).rename(place / "was/runs")
+    (place / "runs").mkdir()
+    command = ["sh", "-c", FULL, "sh", str(place / "runs"), str(place / "was/runs"), *command_of(place)]
+    out = subprocess.run(command, cwd=place, env=environ_of(prepared), capture_output=True, text=True, timeout=300)
+    lines = (out.stdout + out.stderr).splitlines()
+    assert "code 1" in lines and "Traceback" not in out.stderr, lines
+    (error,) = [line for line in lines if line.startswith("qwen3-jax train: ")]
+    assert re.search(
+        r"runs/tiny/checkpoints: checkpoint 12 cannot be written: .*(No space left|File too large).*whole ones there: 9$", error
+    ), error
+    assert "goes on at step 9" in out.stdout and out.returncode == 0, lines
+    assert curve(place, "kept") == straight[0]
+    for name, array in final_arrays(place, "kept").items():
+        np.testing.assert_array_equal(array, straight[1][name], err_msg=name)
 
 
 @pytest.mark.parametrize(
