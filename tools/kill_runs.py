@@ -202,9 +202,8 @@ def killed_run(folder: Path, cache: Path, options: Options, console: Console) ->
             kill.inside &= standing(kill, folder)
             kills.append(kill)
             expected = newest
-            console.print(
-                f"{number:3} {place:17} step {kill.step:4} newest {newest:4} inside {kill.inside} {found.seconds:.1f} s"
-            )
+            where = f"step {kill.step:4}  newest {newest:4}  {'inside' if kill.inside else 'too late'}"
+            console.print(f"{number:3}  {place:17} {where}  {found.seconds:.1f} s")
             if found.orphans:
                 raise Fault(f"kill {number} at {place}: processes {found.orphans} are left")
         found = start(folder, cache, [])

@@ -27,6 +27,7 @@ from tests.chat.tiny import SAMPLE
 from tests.parallel.launch import free_port, together
 from tests.training.events import figures
 from tools.demo.corpus import train_tokenizer
+from tools.start_runs import start
 
 # Compilers take most of a start's time, and these programs run for a second.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -235,29 +236,31 @@ def test_a_run_is_told_to_boards_and_reported(watched):
         [loss for _, loss in found["loss"]], [line["loss"] for line in lines if "loss" in line], rtol=1e-6
     )
     assert [step for step, _ in found["held_out_loss"]] == [6, 13]
-    (start,) = read_lines(folder / "starts.jsonl")
+    (only,) = read_lines(folder / "starts.jsonl")
     kinds = {"start", "compile", "train", "data", "save", "look", "restore"}
-    assert start["came_to"] == "done" and set(start["seconds"]) == kinds
-    assert sum(start["seconds"].values()) <= start["ended"] - start["begun"]
+    assert only["came_to"] == "done" and set(only["seconds"]) == kinds
+    assert sum(only["seconds"].values()) <= only["ended"] - only["begun"]
     page = (folder / "report.html").read_text("utf-8")
     assert page.count("<svg") == 3 and page.count("<img") == 3 and "<td>14 of 14</td>" in page
     assert not (folder / "under_way.json").exists()
 
 
 def test_kills_leave_no_trace_in_curve_or_weights(straight, prepared, place):
-    """Within the first stage, past its end, and near the run's: each start goes on from the newest whole checkpoint."""
-    for step in (2, 7, 12):
-        process = begin(prepared, place)
-        out = at_step(process, step, signal.SIGKILL)
-        assert finish(process)[0] == -signal.SIGKILL, out
+    """Inside a save, between write and rename, and in the second stage while data is read ahead."""
+    (place / "runs").mkdir()
+    for at, step, newest in (("save.writing", 2, None), ("finalise.merged", 8, None), ("prefetch.read", 11, 6)):
+        found = start(place / "runs", prepared / "cache", [], at, step)
+        assert found.code == -signal.SIGKILL and found.of("at")[0]["place"] == at
+        assert found.orphans == []
+        assert [told["step"] for told in found.of("resumed")] == ([] if newest is None else [newest])
     code, out = finish(begin(prepared, place))
     assert code == 0, out
     assert "goes on at step" in out
     assert curve(place) == straight[0]
     starts = list(read_lines(place / "runs/tiny/starts.jsonl"))
-    assert [start["came_to"] for start in starts] == ["killed"] * 3 + ["done"]
-    for start, at in zip(starts, (2, 7, 12), strict=False):
-        assert start["step"] >= at, starts  # the line of the step that was told need not have been written
+    assert [line["came_to"] for line in starts] == ["killed"] * 3 + ["done"]
+    for line, at in zip(starts, (3, 9, 10), strict=False):
+        assert line["step"] >= at, starts  # lines of the last two steps need not have been written
     assert "killed at step" in (place / "runs/tiny/report.html").read_text("utf-8")
     found = final_arrays(place)
     assert found.keys() == straight[1].keys()
