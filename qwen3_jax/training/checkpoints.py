@@ -163,8 +163,13 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        try:
+            self.close()
+        except TrainingCheckpointError as error:
+            if kind is None:
+                raise
+            logger.warning("%s", error)  # what has ended the block is what is raised
 
     def _check_names(self, step: int, wanted: dict[str, Any]) -> None:
         """Refuse a checkpoint of something else; one whose metadata cannot be read is left to the restore."""

@@ -26,6 +26,7 @@ from qwen3_jax.training.journal import read_lines
 from tests.chat.tiny import SAMPLE
 from tests.parallel.launch import free_port, together
 from tests.training.events import figures
+from tools.compare_runs import saves
 from tools.demo.corpus import train_tokenizer
 from tools.start_runs import start
 
@@ -248,19 +249,22 @@ def test_a_run_is_told_to_boards_and_reported(watched):
 def test_kills_leave_no_trace_in_curve_or_weights(straight, prepared, place):
     """Inside a save, between write and rename, and in the second stage while data is read ahead."""
     (place / "runs").mkdir()
-    for at, step, newest in (("save.writing", 2, None), ("finalise.merged", 8, None), ("prefetch.read", 11, 6)):
+    newest, steps = 0, []
+    for at, step in (("save.writing", 2), ("finalise.merged", 8), ("prefetch.read", 11)):
         found = start(place / "runs", prepared / "cache", [], at, step)
         assert found.code == -signal.SIGKILL and found.of("at")[0]["place"] == at
         assert found.orphans == []
-        assert [told["step"] for told in found.of("resumed")] == ([] if newest is None else [newest])
+        assert [told["step"] for told in found.of("resumed")] == ([newest] if newest else [])
+        newest = saves(place / "runs/tiny")[0]
+        steps.append(found.of("at")[0]["step"])
     code, out = finish(begin(prepared, place))
     assert code == 0, out
-    assert "goes on at step" in out
+    assert f"goes on at step {newest}" in out and newest >= 6
     assert curve(place) == straight[0]
     starts = list(read_lines(place / "runs/tiny/starts.jsonl"))
     assert [line["came_to"] for line in starts] == ["killed"] * 3 + ["done"]
-    for line, at in zip(starts, (3, 9, 10), strict=False):
-        assert line["step"] >= at, starts  # lines of the last two steps need not have been written
+    for line, step in zip(starts, steps, strict=False):
+        assert line["step"] >= step - 1, starts  # lines of the last two steps need not have been written
     assert "killed at step" in (place / "runs/tiny/report.html").read_text("utf-8")
     found = final_arrays(place)
     assert found.keys() == straight[1].keys()
