@@ -5,6 +5,7 @@ import json
 import re
 import struct
 import zlib
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -130,6 +131,25 @@ def test_a_killed_start_is_told_by_the_next(tmp_path):
     write_report(RUN, tmp_path)
     assert (tmp_path / "report.html").read_text("utf-8").count("begun again at step") == 2
     assert not (tmp_path / "report.html.part").exists()
+
+
+def test_a_kill_within_a_note_leaves_the_notes_that_were_there(tmp_path, monkeypatch):
+    """Half is written, and then nothing more: of the note that a start is under way, and of the line at its end."""
+    whole = Path.write_text
+
+    def half(self, text, **options):
+        whole(self, text[: len(text) // 2], **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", half)
+        Starts(tmp_path, 0, 1.0)
+    starts = Starts(tmp_path, 0, 2.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", half)
+        starts.end(3, "done", {})
+    Starts(tmp_path, 3, 3.0).end(4, "done", {})
+    assert [line["came_to"] for line in read_lines(tmp_path / "starts.jsonl")] == ["killed", "done"]
 
 
 def test_another_process_writes_no_starts(tmp_path):
