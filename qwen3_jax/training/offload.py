@@ -1,8 +1,20 @@
-"""Optimizer state in host memory: a step fetches it, and puts what follows it back."""
+"""Optimizer state in host memory: a step fetches it little by little, once it has a gradient, and puts what follows it back."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
+
+from qwen3_jax.training.guard import chosen
+from qwen3_jax.training.muon import names_of
+
+
+class OnHost(optax.GradientTransformationExtraArgs):
+    """An optimizer whose `update` takes state in host memory, and gives it back there; other optimizers are handed it fetched.
+
+    Where `finite=` is False, `update` gives what lies in host memory back as it was.
+    """
 
 
 def to_host(tree: Any) -> Any:
@@ -26,16 +38,17 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(moved, tree)
 
 
-def fetched(tree: Any) -> Any:
+def fetched(tree: Any, after: Any) -> Any:
     """Within a step: what lies in host memory, on the device.
 
     Args:
         tree: tracers.
+        after: tracers on the device, before which nothing is fetched.
 
     Returns:
         The tree, all of it on the device.
     """
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, jax.memory.Space.Device) if _on_host(leaf) else leaf, tree)
+    return jax.tree.map(lambda leaf: _to_device(leaf, after) if on_host(leaf) else leaf, tree)
 
 
 def put_back(new: Any, old: Any) -> Any:
@@ -49,9 +62,83 @@ def put_back(new: Any, old: Any) -> Any:
         The new tree.
     """
     return jax.tree.map(
-        lambda after, before: jax.device_put(after, jax.memory.Space.Host) if _on_host(before) else after, new, old
+        lambda after, before: jax.device_put(after, jax.memory.Space.Host) if on_host(before) else after, new, old
     )
 
 
-def _on_host(leaf: Any) -> bool:
+def on_host(leaf: Any) -> bool:
+    """Whether a tracer is of host memory."""
     return jax.typeof(leaf).memory_space == jax.memory.Space.Host
+
+
+def _to_device(leaf: Any, after: Any) -> Any:
+    leaf, _ = jax.lax.optimization_barrier((leaf, after))
+    return jax.device_put(leaf, jax.memory.Space.Device)
+
+
+def in_turn(inner: optax.GradientTransformation, *, by_layer: bool = True) -> optax.GradientTransformationExtraArgs:
+    """A transformation whose state may lie in host memory: little of it at a time is on the device.
+
+    XLA fetches as early as it can. State fetched whole lay beside all that a backward pass needs, and so saved nothing; here
+    the layers of a segment are gone through by a loop over the gradient, in whose place it writes the updates. The other
+    parameters follow, each once the one before is put back.
+
+    Args:
+        inner: works on each parameter alone, without a look at the parameters themselves. Its state is a NamedTuple of scalars
+            and trees like the parameters'.
+        by_layer: it works on each layer alone too; otherwise stacks of layers are fetched whole, one after another.
+
+    Returns:
+        The same transformation, and its state of the same form, wherever that lies.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None, *, finite: Any = True, **_: Any) -> tuple[Any, Any]:
+        if not any(map(on_host, jax.tree.leaves(state))):
+            return inner.update(updates, state, params)
+        (paths, leaves), form = zip(*jax.tree_util.tree_leaves_with_path(updates), strict=True), jax.tree.structure(updates)
+        shapes = [leaf.shape for leaf in leaves]
+        trees = [
+            name
+            for name, part in state._asdict().items()
+            if jax.tree.structure(part) == form and [leaf.shape for leaf in jax.tree.leaves(part)] == shapes
+        ]
+
+        def whole(some: list[int], values: list[Any]) -> Any:
+            by_place = dict(zip(some, values, strict=True))
+            return jax.tree.unflatten(form, [by_place.get(at, optax.MaskedNode()) for at in range(len(leaves))])
+
+        def of(some: list[int], values: Any, last: Any) -> Any:
+            """Updates of some parameters, or of a layer of each, in the gradients' place, and what follows their state."""
+            grads, *parts = values
+            here = [fetched(part, (grads, last)) for part in parts]
+            given = state._replace(**{name: whole(some, part) for name, part in zip(trees, here, strict=True)})
+            ups, new = inner.update(whole(some, grads), given)
+            ups = [up.astype(grad.dtype) for up, grad in zip(jax.tree.leaves(ups), grads, strict=True)]
+            following = [jax.tree.leaves(getattr(new, name)) for name in trees]
+            return [ups, *put_back(chosen(finite, following, here), parts)]
+
+        def layers_of(some: list[int], values: Any, _: Any) -> Any:
+            def layer(at: jax.Array, values: Any) -> Any:
+                before = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, at, 1), values)
+                after = of(some, before, ())
+                return jax.tree.map(lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, new, at, 0), values, after)
+
+            return jax.lax.fori_loop(0, values[0][0].shape[0], layer, values)
+
+        by_segment: dict[Any, list[int]] = {}
+        for at, names in enumerate(map(names_of, paths)):
+            by_segment.setdefault((names[1],) if by_layer and names[0] == "segments" else at, []).append(at)
+        stacks = [list(leaves), *(list(jax.tree.leaves(getattr(state, name))) for name in trees)]
+        values: Any = ()
+        for key, some in by_segment.items():
+            last, values = values, [[stack[at] for at in some] for stack in stacks]
+            values = (layers_of if isinstance(key, tuple) else of)(some, values, last)
+            for stack, new in zip(stacks, values, strict=True):
+                for at, leaf in zip(some, new, strict=True):
+                    stack[at] = leaf
+        # Of no parameter at all, what remains of an update is the scalars'.
+        _, scalars = inner.update(whole([], []), state._replace(**dict.fromkeys(trees, whole([], []))))
+        ups, *parts = (jax.tree.unflatten(form, stack) for stack in stacks)
+        return ups, scalars._replace(**dict(zip(trees, parts, strict=True)))
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
