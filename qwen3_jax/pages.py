@@ -80,7 +80,7 @@ def lines(series: Mapping[str, Points], x: str, y: str) -> str:
         parts.append(f'<rect x="{at:g}" y="{HEIGHT - 16}" width="12" height="12" fill="{color}"/>')
         parts.append(f'<text x="{at + 16:g}" y="{HEIGHT - 6}">{escape(name)}</text>')
         at += 40 + 7 * len(name)
-    return f'{svg(WIDTH, HEIGHT)}<title>{escape(y)}</title>{"".join(parts)}</svg>'
+    return f"{svg(WIDTH, HEIGHT)}<title>{escape(y)}</title>{''.join(parts)}</svg>"
 
 
 def svg(width: int, height: int) -> str:

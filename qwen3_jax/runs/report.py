@@ -62,7 +62,8 @@ def report(run: Run, journal: Sequence[Mapping[str, Any]], starts: Sequence[Mapp
     title = f"Run {run.name}"
     return f"""<!DOCTYPE html>
 <html lang="en">
-<head><meta charset="utf-8"/><meta name="viewport" content="width=device-width"/><title>{escape(title)}</title><style>{STYLE}</style></head>
+<head><meta charset="utf-8"/><meta name="viewport" content="width=device-width"/>
+<title>{escape(title)}</title><style>{STYLE}</style></head>
 <body>
 <h1>{escape(title)}</h1>
 <table>{_summary(run, steps, held_out, starts)}</table>

@@ -73,7 +73,6 @@ def chosen(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
         One of the two.
     """
 
-
     def one(after: Any, before: Any) -> Any:
         return after if jax.typeof(after).memory_space == jax.memory.Space.Host else jnp.where(finite, after, before)
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from optax import contrib
 
 from qwen3_jax.parallel.rules import meshless
+from qwen3_jax.training.offload import in_turn, names_of
 
 # Which axes behind those of layers and experts are a matrix's output: of `[heads, head_dim, embed]` the first two.
 OUTPUTS = {"q": 2, "k": 2, "v": 2, "o": 1, "gate": 1, "up": 1, "down": 1}
@@ -30,7 +31,9 @@ class MuonState(NamedTuple):
     mu: Any
 
 
-def scale_by_muon(b1: float = 0.95, *, eps: float = 1e-8, mu_dtype: DTypeLike | None = None) -> optax.GradientTransformation:
+def scale_by_muon(
+    b1: float = 0.95, *, eps: float = 1e-8, mu_dtype: DTypeLike | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Momentum (Nesterov's, as of NAdam), then the nearest orthogonal matrix, by Newton and Schulz's iteration.
 
     The same as `optax.contrib.scale_by_muon` with `consistent_rms`, for leaves that are stacks `[layers, (experts,) out...,
@@ -51,21 +54,27 @@ def scale_by_muon(b1: float = 0.95, *, eps: float = 1e-8, mu_dtype: DTypeLike | 
     def init(params: Any) -> MuonState:
         return MuonState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params, dtype=mu_dtype))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def ahead_of(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         count = optax.safe_increment(state.count)
         ahead = optax.tree.bias_correction(mu, b1, optax.safe_increment(count))
         now = optax.tree.bias_correction(updates, b1, count)
         momentum = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, ahead, now)
+        return momentum, MuonState(count, optax.tree.cast(mu, mu_dtype))
+
+    momentum_ahead = in_turn(optax.GradientTransformation(init, ahead_of)).update
+
+    def update(updates: Any, state: Any, params: Any = None, *, finite: Any = True, **_: Any) -> tuple[Any, Any]:
+        momentum, state = momentum_ahead(updates, state, params, finite=finite)
 
         def of_leaf(path: tuple[Any, ...], leaf: Any) -> Any:
             outputs = OUTPUTS[_matrix(path)]
             return _orthogonalised(orthogonal, leaf, leaf.ndim - _inputs(_matrix(path)) - outputs, outputs)
 
-        return jax.tree_util.tree_map_with_path(of_leaf, momentum), MuonState(count, optax.tree.cast(mu, mu_dtype))
+        return jax.tree_util.tree_map_with_path(of_leaf, momentum), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
@@ -82,11 +91,6 @@ def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
     return "router" not in names and "bias" not in names and _matrix(path) in OUTPUTS and leaf.ndim >= 3
 
 
-def names_of(path: tuple[Any, ...]) -> list[str]:
-    """The keys of a path as words."""
-    return [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-
-
 def _matrix(path: tuple[Any, ...]) -> str:
     names = [name for name in names_of(path) if name not in ("weight", "value")]
     return names[-1] if names else ""
@@ -97,7 +101,7 @@ def _inputs(name: str) -> int:
 
 
 def _orthogonalised(orthogonal: Any, stack: Float[Array, "L ..."], batch: int, outputs: int) -> Float[Array, "L ..."]:
-    """The matrices of a stack, orthogonal and scaled. Of its axes `batch` come before a matrix's, the first of them the layers."""
+    """The matrices of a stack, orthogonal and scaled; `batch` of its axes come before a matrix's, the first of them the layers."""
     rows, columns = math.prod(stack.shape[batch : batch + outputs]), math.prod(stack.shape[batch + outputs :])
 
     def one(matrix: Float[Array, "O I"]) -> Float[Array, "O I"]:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from qwen3_jax.training.muon import is_matrix, names_of, scale_by_muon
-from qwen3_jax.training.offload import OnHost, in_turn
+from qwen3_jax.training.muon import is_matrix, scale_by_muon
+from qwen3_jax.training.offload import OnHost, in_turn, names_of
 
 
 def decayed(params: Any) -> Any:
@@ -88,7 +88,7 @@ def muon(
 
     scale = optax.partition(
         {
-            "muon": in_turn(scale_by_muon(b1, mu_dtype=mu_dtype), by_layer=False),
+            "muon": scale_by_muon(b1, mu_dtype=mu_dtype),
             "adam": in_turn(optax.scale_by_adam(b1=adam_b1, b2=b2, eps=eps, mu_dtype=mu_dtype)),
         },
         labels,
