@@ -101,7 +101,7 @@ def _inputs(name: str) -> int:
 
 
 def _orthogonalised(orthogonal: Any, stack: Float[Array, "L ..."], batch: int, outputs: int) -> Float[Array, "L ..."]:
-    """The matrices of a stack, orthogonal and scaled; `batch` of its axes come before a matrix's, the first of them the layers."""
+    """The matrices of a stack, orthogonal and scaled; `batch` of its axes come before a matrix's, layers first."""
     rows, columns = math.prod(stack.shape[batch : batch + outputs]), math.prod(stack.shape[batch + outputs :])
 
     def one(matrix: Float[Array, "O I"]) -> Float[Array, "O I"]:
