@@ -60,7 +60,8 @@ def report(run: Run, journal: Sequence[Mapping[str, Any]], starts: Sequence[Mapp
     title = f"Run {run.name}"
     return f"""<!DOCTYPE html>
 <html lang="en">
-<head><meta charset="utf-8"/><title>{escape(title)}</title><style>{STYLE}</style></head>
+<head><meta charset="utf-8"/><meta name="viewport" content="width=device-width"/>
+<title>{escape(title)}</title><style>{STYLE}</style></head>
 <body>
 <h1>{escape(title)}</h1>
 <table>{_summary(run, steps, held_out, starts)}</table>
@@ -227,5 +228,5 @@ def _completions(written: Sequence[Mapping[str, Any]]) -> str:
     if not written:
         return ""
     last = written[-1]
-    rows = "".join(cells("td", pair) for pair in last["completions"].items())
+    rows = "".join(cells("td", pair, "text") for pair in last["completions"].items())
     return f"<h2>Completions after step {last['step']:,}</h2><table>{rows}</table>"

@@ -37,7 +37,7 @@ JOURNAL = [
     {"step": 2, "rewound_from": 4},
     line(2, "nan"),
     line(3, 7.0),
-    {"step": 3, "stage": "all", "tokens_seen": 40, "held_out_loss": 7.5, "completions": {"<p>": "x"}},
+    {"step": 3, "stage": "all", "tokens_seen": 40, "held_out_loss": 7.5, "completions": {"<p>": "x\n  y"}},
 ]
 STARTS = [
     start(0.0, 100.0, 0, 4, "killed", start=10.0, train=60.0, again=30.0),
@@ -49,7 +49,7 @@ def test_the_report_shows_what_counted():
     page = report(RUN, JOURNAL, STARTS)
     assert ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>")).tag == "html"  # all that is opened is closed
     assert "Run &lt;one&gt;" in page and "<td>4 of 8</td>" in page and "<td>50.0%</td>" in page
-    assert "The model has no experts." in page and "<td>&lt;p&gt;</td><td>x</td>" in page
+    assert "The model has no experts." in page and '<td class="text">&lt;p&gt;</td><td class="text">x\n  y</td>' in page
     assert "killed at step 4, begun again at step 2, 50 s later; 2 steps were made again" in page
     assert "the loss rose: back from step 4 to step 2, 1.0 s of steps" in page
     assert "that was lost, for it made no step: 50.0%" in page
