@@ -24,7 +24,7 @@ from qwen3_jax.planning.estimate import model_flops
 from qwen3_jax.runs.dry_run import stage_job
 from qwen3_jax.runs.export import Exports, check_export
 from qwen3_jax.runs.look import Look
-from qwen3_jax.runs.models import model_config
+from qwen3_jax.runs.models import check_weights, model_config
 from qwen3_jax.runs.parts import about, loader_config, lora_config, optimizer_of, policy_of, rules_of, stage_step
 from qwen3_jax.runs.report import write_report
 from qwen3_jax.runs.schema import Run, StageSection
@@ -81,6 +81,7 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
         raise RunError("mesh.axes is empty: accepted are sizes by axis, fsdp=-1 for all devices")
     said = said if leads else _quiet
     config, rules = model_config(run.model), rules_of(run)
+    check_weights(run.model, config)
     optimizer = optimizer_of(run)
     folder = Path(run.output) / run.name
     watched = run.watch.held_out is not None or run.watch.prompts
