@@ -15,7 +15,6 @@ from qwen3_jax.chat.files import TokenizerError
 from qwen3_jax.chat.tokenizer import Tokenizer, load_tokenizer
 from qwen3_jax.checkpoint.reading import CheckpointError
 from qwen3_jax.config import Qwen3Config
-from qwen3_jax.data.chat import END_OF_TURN
 from qwen3_jax.data.loader import LoaderConfig, make_loader
 from qwen3_jax.data.mixture import Source
 from qwen3_jax.data.prepare import tokenizer_hash
@@ -186,9 +185,8 @@ def stop_tokens(run: Run, config: Qwen3Config, tokenizer: Tokenizer) -> tuple[in
     given = tokenizer.generation_config.get("eos_token_id", config.eos_token_id)
     given = tokenizer.eos_token_id if given is None else given
     found = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
-    turn = tokenizer.encode(END_OF_TURN)
-    if len(turn) == 1 and _learns_conversations(run):
-        found = [*turn, *found]
+    if tokenizer.end_of_turn_id is not None and _learns_conversations(run):
+        found = [tokenizer.end_of_turn_id, *found]
     return tuple(token for token in dict.fromkeys(found) if token < config.vocab_size)
 
 
