@@ -48,7 +48,8 @@ class Chat:
             ValueError: a generation_config.json with a field of another type.
         """
         self.model, self.tok = model, tok
-        self._stop_tokens = tok.stop_token_ids
+        turn = () if tok.end_of_turn_id is None else (tok.end_of_turn_id,)
+        self._stop_tokens = tuple(dict.fromkeys((*tok.stop_token_ids, *turn)))
         self._layers = (views(model) or jax.jit(unstack)(model)) if on_cpu(model) else None
 
     def stream(

@@ -195,6 +195,11 @@ class Tokenizer:
         return self._id_of("eos_token")
 
     @property
+    def end_of_turn_id(self) -> int | None:
+        """The token that ends a message in every template of the family; a base model's own configs do not name it."""
+        return self._core.token_to_id("<|im_end|>")
+
+    @property
     def pad_token_id(self) -> int | None:
         """The token that fills rows up."""
         return self._id_of("pad_token")

@@ -20,6 +20,8 @@ class Options:
 
     model: tyro.conf.Positional[str]
     """Folder of the model."""
+    adapter: str | None = None
+    """Folder of LoRA adapters for it, as PEFT or `qwen3-jax train` writes them."""
     system: str | None = None
     """System prompt."""
     thinking: Literal["auto", "on", "off"] = "auto"
@@ -54,6 +56,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"max_new_tokens is {options.max_new_tokens}: accepted is an integer >= 1")
 
     from qwen3_jax import Chat, Sampling, from_pretrained, load_tokenizer
+    from qwen3_jax.cli.adapter import with_adapter
     from qwen3_jax.cli.programs import keep_programs
     from qwen3_jax.cli.text import is_text, make_console
 
@@ -62,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     keep_programs(options.compilation_cache)
     console = make_console()
     tok = load_tokenizer(options.model)
-    chat = Chat(from_pretrained(options.model, dtype=options.dtype), tok)
+    chat = Chat(with_adapter(from_pretrained(options.model, dtype=options.dtype), options.adapter), tok)
     thinking, sampling = {"auto": None, "on": True, "off": False}[options.thinking], None
     if options.temperature is not None:
         sampling = Sampling(temperature=options.temperature)

@@ -15,6 +15,8 @@ class Options:
     """Folder of the model."""
     prompts: tyro.conf.Positional[tuple[str, ...]]
     """Texts to continue."""
+    adapter: str | None = None
+    """Folder of LoRA adapters for it, as PEFT or `qwen3-jax train` writes them."""
     max_new_tokens: int = 128
     """Tokens written at most, per prompt."""
     temperature: float = 0.0
@@ -54,6 +56,7 @@ def main(argv: Sequence[str]) -> int:
     import numpy as np
 
     from qwen3_jax import Sampling, from_pretrained, generate, load_tokenizer
+    from qwen3_jax.cli.adapter import with_adapter
     from qwen3_jax.cli.programs import keep_programs
     from qwen3_jax.cli.text import is_text, make_console, write
 
@@ -62,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
     keep_programs(options.compilation_cache)
     tok = load_tokenizer(options.model)
-    model = from_pretrained(options.model, dtype=options.dtype)
+    model = with_adapter(from_pretrained(options.model, dtype=options.dtype), options.adapter)
     rows = [tok.encode(prompt) for prompt in options.prompts]
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for row, ids in zip(tokens, rows, strict=True):

@@ -58,6 +58,15 @@ def _model(run: Run) -> Iterator[Contradiction]:
         )
     if run.lora is not None and run.optimizer.name == "muon":
         yield Contradiction("muon for the thin matrices of lora: accepted is adamw", "optimizer.name", "lora.rank")
+    if run.checkpoint.export_form == "adapter" and run.lora is None:
+        yield Contradiction(
+            "checkpoint.export_form is adapter and the run has no adapters: accepted is merged, or a section [lora]",
+            "checkpoint.export_form",
+        )
+    if run.checkpoint.export_keep is not None and run.checkpoint.export_every is None:
+        yield Contradiction(
+            "checkpoint.export_keep without checkpoint.export_every: accepted are both, or neither", "checkpoint.export_keep"
+        )
     if model.param_dtype == "float16":
         yield Contradiction("model.param_dtype is float16: accepted are float32 and bfloat16", "model.param_dtype")
     try:
@@ -81,6 +90,8 @@ def _numbers(run: Run) -> Iterator[Contradiction]:
         "checkpoint.every": run.checkpoint.every,
         "checkpoint.keep": run.checkpoint.keep,
         "checkpoint.keep_every": run.checkpoint.keep_every,
+        "checkpoint.export_every": run.checkpoint.export_every,
+        "checkpoint.export_keep": run.checkpoint.export_keep,
         "watch.every": run.watch.every,
         "watch.held_out_every": run.watch.held_out_every,
         "mesh.slices": run.mesh.slices,

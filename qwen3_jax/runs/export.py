@@ -1,19 +1,30 @@
-"""The trained model as a Hugging Face folder."""
+"""The trained model as a Hugging Face folder: of the steps in between, and of the last one."""
 
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from qwen3_jax.chat.tokenizer import Tokenizer
 from qwen3_jax.checkpoint.pretrained import save_pretrained
+from qwen3_jax.checkpoint.weights import write_json
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.parallel.rules import Rules
-from qwen3_jax.runs.look import find_tokenizer
+from qwen3_jax.runs.look import find_tokenizer, stage_at, stop_tokens
 from qwen3_jax.runs.parts import lora_config, stage_config
 from qwen3_jax.runs.schema import Run
 from qwen3_jax.runs.toml import RunError
 from qwen3_jax.training.state import trained_model
 from qwen3_jax.tune.lora import merge
+from qwen3_jax.tune.peft import save_adapter
+
+STEP, REMOVED = re.compile(r"step-(\d+)"), re.compile(r"\.step-\d+\.removed")
 
 
 def check_export(run: Run, first: int) -> None:
@@ -30,26 +41,119 @@ def check_export(run: Run, first: int) -> None:
         raise RunError(f"checkpoint.export {run.checkpoint.export} holds something: accepted is a path where nothing stands")
 
 
-def stands(folder: str) -> bool:
+def stands(folder: str | Path) -> bool:
     """Whether there is something at the path, be it a file or a folder that is not empty."""
     path = Path(folder)
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
-def export(run: Run, config: Qwen3Config, state: Any, rules: Rules, folder: str) -> None:
-    """Write the model that a run has made. Every process of the mesh makes the same call.
+class Exports:
+    """The exports of a run. Every process of the mesh makes the same calls."""
+
+    def __init__(self, run: Run, config: Qwen3Config, rules: Rules, said: Callable[[str], None]):
+        """Take a run's wishes; nothing is written yet.
+
+        Args:
+            run: the run.
+            config: the model's, before any stage.
+            rules: which mesh axes split what.
+            said: is given a line for each export.
+        """
+        self._run, self._config, self._rules, self._said = run, config, rules, said
+        self.folder = Path(run.output) / run.name / "exports"
+
+    def __call__(self, step: int, state: Any) -> None:
+        """Write exports/step-N, in the place of one that stands there: after a restart a step may come again.
+
+        Args:
+            step: steps that have been made.
+            state: the TrainState after them.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        target = self.folder / f"step-{step}"
+        export(self._run, self._config, step, state, self._rules, target, overwrite=True)
+        self._said(f"exported to {target}")
+        keep = self._run.checkpoint.export_keep
+        if keep is not None and jax.process_index() == 0:
+            keep_newest(self.folder, step, keep)
+
+    def last(self, state: Any) -> None:
+        """Write what a run that is done has not yet: exports/step-N of its last step, and checkpoint.export.
+
+        Args:
+            state: the last TrainState.
+
+        Raises:
+            CheckpointError: a folder cannot be written.
+        """
+        section, steps = self._run.checkpoint, self._run.steps
+        if section.export_every is not None and not stands(self.folder / f"step-{steps}"):
+            self(steps, state)
+        # It stands where a run that is done is started again.
+        if section.export is not None and not stands(section.export):
+            export(self._run, self._config, steps, state, self._rules, section.export)
+            self._said(f"exported to {section.export}")
+
+
+def keep_newest(folder: Path, step: int, keep: int) -> None:
+    """Remove all exports up to a step but the newest; later ones are of a start that got further, and their steps come again.
 
     Args:
-        run: the run; its last stage's base of positions is the model's.
-        config: the model's, before any stage.
-        state: the last TrainState; adapters are merged into the weights.
+        folder: that holds step-N.
+        step: the newest that counts.
+        keep: how many of it and its forerunners stay.
+    """
+    found = {int(match[1]): path for path in folder.iterdir() if (match := STEP.fullmatch(path.name))}
+    for old in sorted(number for number in found if number <= step)[:-keep]:
+        # First out of sight: a kill amid many files would leave a folder that looks whole.
+        os.rename(found[old], folder / f".step-{old}.removed")
+    for path in folder.iterdir():
+        if REMOVED.fullmatch(path.name):
+            shutil.rmtree(path)
+
+
+def export(
+    run: Run, config: Qwen3Config, step: int, state: Any, rules: Rules, folder: str | Path, *, overwrite: bool = False
+) -> None:
+    """Write the model that a run has made so far. Every process of the mesh makes the same call; the state stays as it is.
+
+    Args:
+        run: the run; adapters are merged into the weights, or written alone, by checkpoint.export_form.
+        config: the model's, before any stage; the base of positions is that of the step's stage.
+        step: steps that have been made.
+        state: the TrainState after them.
         rules: which mesh axes split what.
-        folder: where; nothing stands there.
+        folder: where.
+        overwrite: replace what stands there, once the new folder is whole.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the folder cannot be written, or holds something.
     """
-    last = list(run.stages.values())[-1]
     dtype, adapt = jnp.dtype(run.model.compute_dtype), lora_config(run)
-    model = trained_model(stage_config(config, last), state, dtype=dtype, rules=rules, adapt=adapt)
-    save_pretrained(model if adapt is None else merge(model), folder, tokenizer=find_tokenizer(run))
+    config, found = stage_config(config, stage_at(run, step - 1)), find_tokenizer(run)
+    stop = () if found is None else stop_tokens(run, config, found)
+    if stop:
+        config = dataclasses.replace(config, eos_token_id=stop if len(stop) > 1 else stop[0])
+    model = trained_model(config, state, dtype=dtype, rules=rules, adapt=adapt)
+    if run.checkpoint.export_form == "adapter":
+        save_adapter(model, folder, base=run.model.folder, overwrite=overwrite)
+        return
+    tokenizer = None if found is None else _Stopping(found, stop)
+    save_pretrained(model if adapt is None else merge(model), folder, tokenizer=tokenizer, overwrite=overwrite)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stopping:
+    """A tokenizer whose generation_config.json, if it has one, says where this run has taught the model to stop."""
+
+    tokenizer: Tokenizer
+    stop: tuple[int, ...]
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save(folder)
+        given = self.tokenizer.generation_config
+        if given and self.stop:
+            eos = list(self.stop) if len(self.stop) > 1 else self.stop[0]
+            write_json(folder / "generation_config.json", given | {"eos_token_id": eos})

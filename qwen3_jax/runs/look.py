@@ -108,7 +108,7 @@ class Look:
         tokens = np.zeros((len(ids), max(map(len, ids))), np.int32)
         for row, given in zip(tokens, ids, strict=True):
             row[: len(given)] = given
-        stop = [token for token in tokenizer.stop_token_ids if token < config.vocab_size]
+        stop = stop_tokens(self._run, config, tokenizer)
         out = generate(model, tokens, lengths=list(map(len, ids)), max_new_tokens=WRITTEN, stop_tokens=stop)
         written, lengths = jax.device_get((out.tokens, out.lengths))
         texts = [tokenizer.decode(row[:length]) for row, length in zip(written, lengths, strict=True)]
@@ -168,6 +168,31 @@ def find_tokenizer(run: Run) -> Tokenizer | None:
         if found is not None and tokenizer_hash(found) == index["tokenizer"]:
             return found
     return None
+
+
+def stop_tokens(run: Run, config: Qwen3Config, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end what a run's model writes.
+
+    Args:
+        run: the run.
+        config: the model's.
+        tokenizer: the run's.
+
+    Returns:
+        Those of the generation config beside the tokenizer, else of the model's config, else of the tokenizer; before them,
+        where a stage learns conversations, the end of a turn: a base model's own config knows the end of a text alone.
+    """
+    given = tokenizer.generation_config.get("eos_token_id", config.eos_token_id)
+    given = tokenizer.eos_token_id if given is None else given
+    found = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    if tokenizer.end_of_turn_id is not None and _learns_conversations(run):
+        found = [tokenizer.end_of_turn_id, *found]
+    return tuple(token for token in dict.fromkeys(found) if token < config.vocab_size)
+
+
+def _learns_conversations(run: Run) -> bool:
+    names = {name for stage in run.stages.values() for name in stage.mixture or run.data.sources}
+    return any(Prepared(run.data.sources[name].folder).index["conversations"] for name in names)
 
 
 def _tokenizer_in(folder: str | Path) -> Tokenizer | None:

@@ -67,6 +67,7 @@ def policy_of(run: Run) -> Policy:
         save_every=run.checkpoint.every,
         write_every=run.watch.every,
         look_every=run.watch.held_out_every,
+        export_every=run.checkpoint.export_every,
         not_finite=run.step.not_finite,
         max_skipped=run.step.max_skipped,
         spike=run.step.spike,

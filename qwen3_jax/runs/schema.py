@@ -193,6 +193,12 @@ class CheckpointSection(Section):
     """Steps whose multiples are kept for good; None: none."""
     export: str | None = None
     """Folder of the trained model in Hugging Face's form, written at the end."""
+    export_every: int | None = None
+    """Steps between exports to exports/step-N in the run's folder, the last step's among them; None: none."""
+    export_keep: int | None = None
+    """Newest of these that are kept; None: all."""
+    export_form: Literal["merged", "adapter"] = "merged"
+    """Of a run with adapters: whole models, the adapters merged into their weights, or adapters alone, as PEFT's folders."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,9 +22,9 @@ from qwen3_jax.parallel.processes import initialize
 from qwen3_jax.parallel.rules import Rules
 from qwen3_jax.planning.estimate import model_flops
 from qwen3_jax.runs.dry_run import stage_job
-from qwen3_jax.runs.export import check_export, export, stands
+from qwen3_jax.runs.export import Exports, check_export
 from qwen3_jax.runs.look import Look
-from qwen3_jax.runs.models import model_config
+from qwen3_jax.runs.models import check_weights, model_config
 from qwen3_jax.runs.parts import about, loader_config, lora_config, optimizer_of, policy_of, rules_of, stage_step
 from qwen3_jax.runs.report import write_report
 from qwen3_jax.runs.schema import Run, StageSection
@@ -81,6 +81,7 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
         raise RunError("mesh.axes is empty: accepted are sizes by axis, fsdp=-1 for all devices")
     said = said if leads else _quiet
     config, rules = model_config(run.model), rules_of(run)
+    check_weights(run.model, config)
     optimizer = optimizer_of(run)
     folder = Path(run.output) / run.name
     watched = run.watch.held_out is not None or run.watch.prompts
@@ -92,6 +93,7 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
         starts = Starts(folder, first, clock, writes=leads)
         journal = Journal(folder / "metrics.jsonl", first, writes=leads, sinks=_sinks(run, folder, first) if leads else ())
         stages = [_stage(run, name, stage, config, mesh, rules, optimizer) for name, stage in run.stages.items()]
+        exports = Exports(run, config, rules, said)
         loop = Loop(
             stages,
             policy_of(run),
@@ -99,6 +101,7 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
             journal,
             about=about(run),
             look=look,
+            export=exports,
             told=told if leads else None,
             trace=str(folder / "trace"),
             peak=peak_of(mesh),
@@ -108,12 +111,10 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
             with Stopping() as stopping:
                 state, done = loop.run(state, progress, stopping)
             step, came_to = int(state.step), "done" if done else "told to end"
-            target = run.checkpoint.export
-            if done and target is not None and not stands(target):  # it stands where a run that is done is started again
+            if done:
                 begun = time.perf_counter()
-                export(run, config, state, rules, target)
+                exports.last(state)
                 loop.seconds["save"] += time.perf_counter() - begun
-                said(f"exported to {target}")
         finally:
             # Also of a run that stops by itself: what led to it is what one wants to see.
             journal.close()

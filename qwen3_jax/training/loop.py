@@ -75,6 +75,7 @@ class Policy:
         save_every: between saves.
         write_every: between lines of the journal.
         look_every: between calls of `look`, which also sees the last step.
+        export_every: between calls of `export`; None: never.
         not_finite: whether a step that is not finite is left out, or ends the run.
         max_skipped: steps left out in a row that end the run.
         spike: nats above the running mean of the loss at which the run goes back to its last checkpoint; None: never.
@@ -84,6 +85,7 @@ class Policy:
     save_every: int = 500
     write_every: int = 10
     look_every: int = 500
+    export_every: int | None = None
     not_finite: Literal["skip", "stop"] = "skip"
     max_skipped: int = 100
     spike: float | None = None
@@ -119,6 +121,7 @@ class Loop:
         *,
         about: Mapping[str, Any],
         look: Callable[[int, Any], Mapping[str, Any]] | None = None,
+        export: Callable[[int, Any], None] | None = None,
         told: Callable[[int, Mapping[str, Any]], None] | None = None,
         trace: str | None = None,
         peak: float | None = None,
@@ -132,6 +135,7 @@ class Loop:
             journal: where its figures are written.
             about: JSON that each checkpoint carries: config, versions.
             look: measures the state every so often: held-out loss, completions; its figures go to the journal.
+            export: writes a state's model, for use elsewhere; it leaves the state as it is.
             told: is shown each step's figures.
             trace: folder of the profiler's trace.
             peak: FLOP/s of all chips, for the MFU; None where it is not known.
@@ -142,6 +146,7 @@ class Loop:
         self._journal = journal
         self._about = dict(about)
         self._look = look
+        self._export = export
         self._told = told
         self._trace = trace
         self._tracing = False
@@ -220,7 +225,8 @@ class Loop:
             at += 1
             due = at % self._policy.save_every == 0 or at == first + stage.steps
             looking = self._look is not None and (at % self._policy.look_every == 0 or at == self.steps)
-            if due or looking:
+            exporting = self._policy.export_every is not None and at % self._policy.export_every == 0
+            if due or looking or exporting:
                 back = self._settle(waiting, progress) or back
                 waiting = None
             if back:
@@ -234,6 +240,11 @@ class Loop:
                 took = time.perf_counter() - begun
                 self.seconds["look"] += took
                 self._seen += took  # no time of the next step's
+            if exporting and self._export is not None:
+                # Before the save of the same step: whoever goes on from a checkpoint has every export up to it.
+                begun = self._reached(state)
+                self._export(at, state)
+                self._saved(begun)
             if due:
                 progress.data = data.state()
                 self._save(at, state, progress)
@@ -296,11 +307,20 @@ class Loop:
         return found.state, found.step
 
     def _save(self, step: int, state: Any, progress: Progress) -> None:
+        begun = self._reached(state)
+        self._checkpoints.save(step, state, self._about | dict(progress=dataclasses.asdict(progress)))
+        self._saved(begun)
+
+    def _reached(self, state: Any) -> float:
+        """When a state's step has ended, which is waited for."""
         begun = time.perf_counter()
         jax.block_until_ready(state.step)
-        self.seconds["train"] += time.perf_counter() - begun
-        begun = time.perf_counter()
-        self._checkpoints.save(step, state, self._about | dict(progress=dataclasses.asdict(progress)))
+        now = time.perf_counter()
+        self.seconds["train"] += now - begun
+        return now
+
+    def _saved(self, begun: float) -> None:
+        """Count the time since then as a save's, and as none of the next step."""
         took = time.perf_counter() - begun
         self.seconds["save"] += took
         self._seen += took

@@ -92,7 +92,7 @@ class Wandb:
         """Open the run.
 
         Args:
-            folder: of wandb's own files, and of the run's id.
+            folder: of the run's id, and of wandb's own files: named wandb, for so it names the folder that it makes.
             project: of W&B.
             name: of the run.
             config: JSON that the run is shown with.
@@ -104,7 +104,9 @@ class Wandb:
             write_whole(kept, uuid.uuid4().hex[:12] + "\n")
         self._wandb = wandb
         id_ = kept.read_text(encoding="utf-8").strip()
-        self._run: Any = wandb.init(project=project, name=name, id=id_, resume="allow", dir=str(folder), config=dict(config))
+        self._run: Any = wandb.init(
+            project=project, name=name, id=id_, resume="allow", dir=str(folder.parent), config=dict(config)
+        )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_jax.runs.dry_run import dry_run
+from qwen3_jax.runs.models import model_config
 from qwen3_jax.runs.resolve import resolve
 from tools.compile_run import placed
 
@@ -20,8 +21,20 @@ STEPS = {
 }
 
 
+SAME_STEP = {"demo_sft": "demo"}
+
+
 def test_all_runs_are_here():
-    assert sorted(STEPS) == sorted(path.stem for path in CONFIGS.glob("*.toml"))
+    assert sorted([*STEPS, *SAME_STEP]) == sorted(path.stem for path in CONFIGS.glob("*.toml"))
+
+
+@pytest.mark.parametrize("name, other", SAME_STEP.items())
+def test_some_runs_have_the_program_of_another(name, other):
+    """But for its rate, mixture and weights: nothing that shapes a step differs."""
+    one, same = (resolve(CONFIGS / f"{each}.toml").run for each in (name, other))
+    assert model_config(one.model) == model_config(same.model) and (one.mesh, one.step) == (same.mesh, same.step)
+    shapes = [[(stage.batch, stage.seq, stage.accumulation) for stage in run.stages.values()] for run in (one, same)]
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -1,5 +1,6 @@
 """What a run will need, against sums made by hand; and the runs of configs/."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from qwen3_jax.cli.main import main
 from qwen3_jax.parallel.mesh import MeshError
 from qwen3_jax.runs.dry_run import dry_run
+from qwen3_jax.runs.models import check_weights, model_config
 from qwen3_jax.runs.resolve import resolve
 from qwen3_jax.runs.toml import RunError
 
@@ -15,13 +17,13 @@ RUNS = {path.stem: path for path in CONFIGS}
 
 
 def test_the_runs_are_there():
-    expected = ("demo", "pretrain_0.6b", "three_stages_30b_a3b", "three_stages_235b", "sft_8b", "lora_30b_a3b")
+    expected = ("demo", "demo_sft", "pretrain_0.6b", "three_stages_30b_a3b", "three_stages_235b", "sft_8b", "lora_30b_a3b")
     assert sorted(RUNS) == sorted(expected)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_each_run_fits_its_mesh_and_its_chips(name, capsys):
-    words = ["--mesh.topology", "v5p:2x2x2"] if name == "demo" else []
+    words = ["--mesh.topology", "v5p:2x2x2"] if name.startswith("demo") else []
     assert main(["train", str(RUNS[name]), "--dry-run", *words]) == 0
     assert "too many" not in capsys.readouterr().out
 
@@ -81,5 +83,19 @@ def test_a_folder_must_hold_the_preset(tmp_path):
     from qwen3_jax import Qwen3Config
 
     (tmp_path / "config.json").write_text(json.dumps(Qwen3Config.preset("qwen3-0.6b").to_hf()))
+    words = ["--model.folder", str(tmp_path)]
     with pytest.raises(RunError, match="is no qwen3-8b: hidden_size 1024, not 4096, num_hidden_layers 28, not 36"):
-        dry_run(resolve(RUNS["sft_8b"], ["--model.folder", str(tmp_path)]).run)
+        dry_run(resolve(RUNS["sft_8b"], words).run)
+    # The preset with the section's own fields is what is meant too; and what weights must fit, while a shape alone need not.
+    fields = [
+        "--model.config",
+        "{ num_hidden_layers = 28, hidden_size = 1024, intermediate_size = 3072, tie_word_embeddings = true }",
+    ]
+    run = resolve(RUNS["sft_8b"], [*words, *fields, "--model.config.num_attention_heads", "16"]).run
+    check_weights(run.model, model_config(run.model))
+    cut = resolve(RUNS["pretrain_0.6b"], [*words, "--model.config.num_hidden_layers", "3"]).run.model
+    with pytest.raises(
+        RunError, match="another shape than model.config says: num_hidden_layers 28, not 3; accepted is the folder"
+    ):
+        check_weights(cut, model_config(cut))
+    check_weights(dataclasses.replace(cut, weights="random"), model_config(cut))

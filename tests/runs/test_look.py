@@ -82,7 +82,7 @@ def test_adapters_are_looked_at_and_exported_merged(place, tmp_path):
     state = init_train_state(model, adamw(1e-3), trainable=nnx.LoRAParam)
     look = Look(run, base.config, mesh, TRAIN_RULES)(3, state)
 
-    export(run, base.config, state, TRAIN_RULES, str(tmp_path / "out"))
+    export(run, base.config, run.steps, state, TRAIN_RULES, tmp_path / "out")
     exported = from_pretrained(tmp_path / "out", dtype=jnp.float32)
     assert exported.config.rope_theta == 2e4
     for (name, one), other in zip(

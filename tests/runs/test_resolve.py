@@ -136,6 +136,16 @@ def test_an_optional_section_is_there_once_it_is_named(run, line):
         ('extends = "base.toml"', 'extends = "run.toml"', r"extends itself, by way of run.toml -> run.toml"),
         ('extends = "base.toml"', "extends = 3", r"run.toml:1: extends is 3"),
         ("[optimizer]\nb2 = 0.99", "[lora]", r"lora on random weights: accepted is a base that is trained"),
+        (
+            "[optimizer]\nb2 = 0.99",
+            '[checkpoint]\nexport_form = "adapter"',
+            r"export_form is adapter and the run has no adapters: accepted is merged, or a section \[lora\]; .*run.toml:4",
+        ),
+        (
+            "[optimizer]\nb2 = 0.99",
+            "[checkpoint]\nexport_keep = 2",
+            r"export_keep without checkpoint.export_every: .*run.toml:4",
+        ),
         ("[optimizer]\nb2 = 0.99", "[watch]\nprofile = [3, 999]", r"watch.profile is steps 3 to 999 of 33"),
         ("[optimizer]\nb2 = 0.99", '[step]\nremat = "some"', r"step.remat: remat policy 'some'.*run.toml:4"),
     ],

@@ -17,13 +17,14 @@ import tensorstore as ts
 from flax import nnx
 
 from qwen3_jax import cross_entropy, from_pretrained, generate, load_tokenizer
-from qwen3_jax.checkpoint.pretrained import parameters
+from qwen3_jax.checkpoint.pretrained import nested, parameters
 from qwen3_jax.data.loader import LoaderConfig, make_loader
 from qwen3_jax.data.mixture import Source
 from qwen3_jax.data.prepare import prepare
 from qwen3_jax.data.worker import Work
 from qwen3_jax.training.journal import read_lines
 from tests.chat.tiny import SAMPLE
+from tests.model.models import QUICK as COMPILE_QUICKLY
 from tests.parallel.launch import free_port, together
 from tests.training.events import figures
 from tools.compare_runs import saves
@@ -92,6 +93,7 @@ held_out_every = 7
 held_out_batches = 2
 """
 WATCHED = [*("--watch.tensorboard", "true", "--watch.prompts", '["def read(", "path"]'), "--checkpoint.export"]
+EXPORTS = ["--checkpoint.export_every", "4", "--checkpoint.export_keep", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +157,9 @@ def curve(place, runs="runs"):
     return [{name: line[name] for name in told if name in line} for line in read_lines(place / runs / "tiny/metrics.jsonl")]
 
 
-def final_arrays(place, runs="runs"):
-    folder = place / runs / "tiny/checkpoints/14/state"
+def arrays_of(place, step=14, runs="runs"):
+    """What a checkpoint holds, by its names there."""
+    folder = place / runs / f"tiny/checkpoints/{step}/state"
     names = json.loads((folder / "_METADATA").read_text())["tree_metadata"].values()
     found = {}
     for entry in names:
@@ -168,12 +171,12 @@ def final_arrays(place, runs="runs"):
 
 @pytest.fixture(scope="module")
 def watched(prepared, tmp_path_factory):
-    """A run without a stop, watched in all ways; its folder."""
+    """A run without a stop, watched in all ways and exported as it goes; its folder."""
     place = tmp_path_factory.mktemp("straight")
     (place / "run.toml").write_text(RUN.format(place=place))
     for name in ("text", "more"):
         (place / name).symlink_to(prepared / name)
-    code, out = finish(begin(prepared, place, *WATCHED, str(place / "exported")))
+    code, out = finish(begin(prepared, place, *EXPORTS, *WATCHED, str(place / "exported")))
     assert code == 0, out
     assert "done at step 14 of 14" in out
     return place
@@ -181,7 +184,7 @@ def watched(prepared, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def straight(watched):
-    return curve(watched), final_arrays(watched)
+    return curve(watched), arrays_of(watched)
 
 
 def test_a_run_learns_in_its_stages(straight):
@@ -205,6 +208,22 @@ def test_the_export_is_the_last_checkpoint(straight, exported):
     for name, array in found.items():
         np.testing.assert_array_equal(array, arrays[f"params.{name}"], err_msg=name)
     assert exported.config.rope_theta == 50000.0  # the last stage's
+
+
+def test_exports_on_the_way_are_the_checkpoints_of_their_steps(watched, exported):
+    """The newest two are left; the one on the way gives the logits of its own step's parameters, in its stage's positions."""
+    folder = watched / "runs/tiny/exports"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-12", "step-14"]
+    found, arrays = from_pretrained(folder / "step-12", dtype=np.float32), arrays_of(watched, 12)
+    graph, params = nnx.split(exported)
+    named = parameters(params)
+    nnx.replace_by_pure_dict(params, nested({name: jnp.asarray(arrays[f"params.{name}"]) for name in named}))
+    logits = jax.jit(lambda model: model(jnp.arange(24).reshape(2, 12)).logits, compiler_options=COMPILE_QUICKLY)
+    one, other, last = logits(found), logits(nnx.merge(graph, params)), logits(exported)
+    np.testing.assert_array_equal(one, other)
+    assert np.abs(np.asarray(one - last)).max() > 1e-3  # two steps more are to be seen
+    for file in (watched / "exported").iterdir():
+        assert (folder / "step-14" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_a_run_is_looked_at(watched, exported):
@@ -266,7 +285,7 @@ def test_kills_leave_no_trace_in_curve_or_weights(straight, prepared, place):
     for line, step in zip(starts, steps, strict=False):
         assert line["step"] >= step - 1, starts  # lines of the last two steps need not have been written
     assert "killed at step" in (place / "runs/tiny/report.html").read_text("utf-8")
-    found = final_arrays(place)
+    found = arrays_of(place)
     assert found.keys() == straight[1].keys()
     for name, array in found.items():
         np.testing.assert_array_equal(array, straight[1][name], err_msg=name)
@@ -293,7 +312,8 @@ def test_two_processes_and_one_make_the_same_run(straight, prepared, place):
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
         "JAX_NUM_PROCESSES": "2",
     }
-    command = ["-m", "qwen3_jax.cli.main", "train", str(place / "run.toml"), "--mesh.processes", "2"]
+    exports = ["--checkpoint.export_every", "2", "--checkpoint.export_keep", "1"]
+    command = ["-m", "qwen3_jax.cli.main", "train", str(place / "run.toml"), "--mesh.processes", "2", *exports]
     with together([command] * 2, [variables | {"JAX_PROCESS_ID": str(at)} for at in range(2)]) as processes:
         processes[0].read_until("step 2 ")
         for process in processes:
@@ -305,6 +325,9 @@ def test_two_processes_and_one_make_the_same_run(straight, prepared, place):
     found = re.search(r"told to end: saved at step (\d+) of 14", said)
     assert found is not None, said
     assert 3 <= int(found[1]) < 14
+    ((folder, saved),) = [(path, path.name) for path in (place / "runs/tiny/exports").iterdir()]
+    assert saved == f"step-{int(found[1]) // 2 * 2}"  # written by both, and counted by one
+    assert from_pretrained(folder).config.num_experts == 4
     code, out = finish(begin(prepared, place))
     assert code == 0 and f"goes on at step {found[1]}" in out, out
     for one, other in zip(curve(place), straight[0], strict=True):
@@ -313,7 +336,7 @@ def test_two_processes_and_one_make_the_same_run(straight, prepared, place):
                 assert one[name] == value
             else:
                 np.testing.assert_allclose(one[name], value, rtol=1e-5, atol=1e-6, err_msg=f"{name} of step {one['step']}")
-    found_arrays = final_arrays(place)
+    found_arrays = arrays_of(place)
     for name, array in straight[1].items():
         np.testing.assert_allclose(
             found_arrays[name], array, rtol=1e-4, atol=1e-5 * max(1.0, np.abs(array).max()), err_msg=name
@@ -367,7 +390,7 @@ def test_a_full_disk_ends_the_run_with_one_error_and_with_room_it_goes_on(straig
     ), error
     assert "goes on at step 9" in out.stdout and out.returncode == 0, lines
     assert curve(place, "kept") == straight[0]
-    for name, array in final_arrays(place, "kept").items():
+    for name, array in arrays_of(place, "kept").items():
         np.testing.assert_array_equal(array, straight[1][name], err_msg=name)
 
 

@@ -78,6 +78,7 @@ def test_wandb_is_told_and_a_restart_goes_on_with_its_run(tmp_path, monkeypatch)
     one, other = board.inits
     assert one == other and one["resume"] == "allow" and len(one["id"]) == 12
     assert (one["project"], one["name"], one["config"]) == ("project", "name", {"seed": 1})
+    assert one["dir"] == str(tmp_path)  # where wandb makes a folder of its name
     assert board.metrics == [("step", None), ("*", "step")] * 2
     assert (
         board.logged
