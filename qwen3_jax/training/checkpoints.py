@@ -204,8 +204,9 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             stand = ", ".join(map(str, self.steps())) or "none"
+            what = "a checkpoint" if self._writing is None else f"checkpoint {self._writing}"
             raise TrainingCheckpointError(
-                f"{self.folder}: checkpoint {self._writing} cannot be written: {reason}; whole ones there: {stand}"
+                f"{self.folder}: {what} cannot be written: {reason}; whole ones there: {stand}"
             ) from error
 
 

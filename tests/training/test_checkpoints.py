@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gc
 import json
+import re
 import shutil
 import time
 
@@ -129,6 +130,19 @@ def test_with_all_damaged_the_run_is_refused(saved):
         pytest.raises(TrainingCheckpointError, match="none of its checkpoints can be read: 30: "),
     ):
         checkpoints.restore(like_of())
+
+
+def test_a_save_that_fails_is_told_with_those_that_stand_and_hides_nothing(saved, monkeypatch, caplog):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    said = "a checkpoint cannot be written: .*No space left on device; whole ones there: 10, 20, 30"
+    for error, expected in ((None, TrainingCheckpointError), (ZeroDivisionError, ZeroDivisionError)):
+        with pytest.raises(expected) as raised, Checkpoints(saved) as checkpoints:
+            monkeypatch.setattr(checkpoints._manager, "close", full)
+            if error is not None:
+                raise error
+        assert re.search(said, caplog.text if error else str(raised.value))
 
 
 def test_what_is_not_whole_does_not_count(saved):
