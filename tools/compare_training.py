@@ -29,13 +29,17 @@ class Options:
 
 
 def losses_of_torch(folder: str, out: str) -> None:
-    """What transformers makes of the model in a folder: each step's cross-entropy and balance loss, and the gradient's norm."""
+    """What transformers makes of the model in a folder.
+
+    Written: each step's cross-entropy and balance loss, the gradient's norm, and by how much in probability the closest choice
+    of an expert was won.
+    """
     import torch
     from transformers import Qwen3MoeForCausalLM
 
     from tests.training import curve
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     options = dict(dtype=torch.float32, attn_implementation="eager", output_router_logits=True)
     model = Qwen3MoeForCausalLM.from_pretrained(folder, **options).train()
     norms = [weight for name, weight in model.named_parameters() if "norm" in name]
@@ -47,7 +51,8 @@ def losses_of_torch(folder: str, out: str) -> None:
         eps=settings["eps"],
         weight_decay=settings["weight_decay"],
     )
-    kept = dict(loss=[], balance=[], norm=[])
+    kept = dict(loss=[], balance=[], norm=[], margin=[])
+    chosen = curve.CONFIG["num_experts_per_tok"]
     for step in range(curve.STEPS):
         for group in optimizer.param_groups:
             group["lr"] = curve.rate(step)
@@ -64,11 +69,13 @@ def losses_of_torch(folder: str, out: str) -> None:
         kept["loss"].append(given.loss.item() - curve.CONFIG["router_aux_loss_coef"] * given.aux_loss.item())
         kept["balance"].append(given.aux_loss.item())
         kept["norm"].append(norm.item())
-    np.savez_compressed(out, **{name: np.asarray(values) for name, values in kept.items()})
+        best = torch.cat(given.router_logits).softmax(-1).topk(chosen + 1).values
+        kept["margin"].append((best[:, chosen - 1] - best[:, chosen]).min().item())
+    np.savez_compressed(out, **{name: np.asarray(values, np.float64) for name, values in kept.items()})
 
 
 def losses_of_ours(folder: str) -> dict[str, np.ndarray]:
-    """The same of this package's, and the model's first weights written to a folder."""
+    """The same of this package's training but for the margins; the model's first weights are written to a folder."""
     import jax.numpy as jnp
 
     import qwen3_jax
@@ -123,8 +130,9 @@ def main(options: Options) -> int:
     console.print(table)
     first, last = (theirs["loss"][part].mean() for part in (slice(5), slice(-5, None)))
     console.print(
-        f"loss at most {apart['loss'].max():.1e} apart (step {apart['loss'].argmax() + 1}), balance loss {apart['balance'].max():.1e}; "
-        f"mean of five steps {first:.3f} -> {last:.3f}, less {1 - last / first:.0%}"
+        f"loss at most {apart['loss'].max():.1e} apart (step {apart['loss'].argmax() + 1}), balance loss "
+        f"{apart['balance'].max():.1e}; mean of five steps {first:.3f} -> {last:.3f}, less by {1 - last / first:.0%}; "
+        f"the closest choice of an expert won by {theirs['margin'].min():.1e}"
     )
     return 0 if apart["loss"].max() < 1e-4 and last < 0.7 * first else 1
 
