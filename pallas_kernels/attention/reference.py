@@ -57,9 +57,10 @@ def attention(
     batch, length, heads, size = q.shape
     kv_heads = k.shape[1]
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    # Query heads of one key head become rows of one product, so that keys and values are never repeated in memory.
-    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, size)
-    scores = jnp.einsum("btkrh,bksh->bkrts", grouped, k.astype(q.dtype), preferred_element_type=wide) * scale
+    # Query heads of one key head become rows of one product, so that keys and values are never repeated in memory. Queries are
+    # moved, not scores: a product gives its axes in the operands' order, and XLA:CPU copies what is asked for in another.
+    grouped = jnp.moveaxis(q.reshape(batch, length, kv_heads, heads // kv_heads, size), 1, 3)
+    scores = jnp.einsum("bkrth,bksh->bkrts", grouped, k.astype(q.dtype), preferred_element_type=wide) * scale
     seen = visible(q_segments, k_segments, q_slots, window)[:, None, None]
     # A finite lowest score keeps a row that sees nothing free of inf - inf, in the gradient too.
     scores = jnp.where(seen, scores, jnp.finfo(wide).min)
@@ -67,5 +68,5 @@ def attention(
     weights = jnp.where(seen, jnp.exp(scores - peak), 0)
     total = weights.sum(axis=-1, keepdims=True)
     weights = (weights / jnp.where(total == 0, 1, total)).astype(q.dtype)
-    out = jnp.einsum("bkrts,bksh->btkrh", weights, v.astype(q.dtype), preferred_element_type=wide)
-    return out.reshape(batch, length, heads, size).astype(q.dtype)
+    out = jnp.einsum("bkrts,bksh->bkrth", weights, v.astype(q.dtype), preferred_element_type=wide)
+    return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, size).astype(q.dtype)
