@@ -9,7 +9,7 @@ steps, where each ten steps that follow a save are held against the ten that fol
 
 import contextlib
 import dataclasses
-import io
+import functools
 import json
 import os
 import tempfile
@@ -172,12 +172,11 @@ def bench_figures(options: Options, console: Console) -> None:
     """Steps that give their loss alone, those that give all figures, and the loop that writes every one of them down."""
     turns = Turns(options)
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=0)
     def lean(state: Any, batch: Batch) -> tuple[Any, Any]:
         following, metrics = turns.step.jitted(state, None, batch, turns.step.graph((state.params,)))
         return following, metrics["loss"]
 
-    lean = jax.jit(lean.__wrapped__, donate_argnums=0)
     with tempfile.TemporaryDirectory(prefix="bench-run-") as place, Nowhere(Path(place) / "checkpoints") as nowhere:
 
         def loop(every: int, **sinks: Any) -> Callable[[], None]:
@@ -243,7 +242,6 @@ def bench_saves(options: Options, console: Console) -> None:
         words += [f"--stages.all.tokens={steps * 16 * 128}", f"--checkpoint.every={EVERY}", "--watch.tensorboard=true"]
         words += [f"--watch.held_out={place}/held", f"--watch.held_out_every={steps // 2 + EVERY // 2 - 1}"]
         run = resolve(ROOT / "configs/demo.toml", words).run
-        size = 0
 
         def told(step: int, figures: Mapping[str, Any]) -> None:
             times[step + 1] = time.perf_counter()

@@ -177,7 +177,7 @@ def _answer(process: subprocess.Popen[str]):
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise RuntimeError(f"{process.args[0]} ended with code {process.wait()}: run it by hand to see why: {process.args}")
+        raise RuntimeError(f"a process ended with code {process.wait()}: run it by hand to see why: {process.args}")
     return json.loads(line)
 
 

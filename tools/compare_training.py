@@ -1,4 +1,4 @@
-"""A hundred steps of training beside transformers': the same small MoE, first weights, batches and settings; losses step by step.
+"""A hundred steps of a small MoE beside transformers': the same first weights, batches and settings; losses step by step.
 
     python -m tools.compare_training --peer-python PATH [--fixture tests/fixtures/training/losses.npz]
 

@@ -149,7 +149,8 @@ def backward(
 def _grouped(x: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K R T H"]:
     """Query heads of one key head become rows of one product, so that keys and values are never repeated in memory.
 
-    Queries are moved, not scores: a product gives its axes in the operands' order, and XLA:CPU copies what is asked for in another.
+    Queries are moved, not scores: a product gives its axes in the operands' order, and XLA:CPU copies one that is asked for in
+    another.
     """
     batch, length, heads, size = x.shape
     return jnp.moveaxis(x.reshape(batch, length, kv_heads, heads // kv_heads, size), 1, 3)

@@ -28,8 +28,8 @@ CONFIG = dict(
     router_aux_loss_coef=0.01,
 )
 ADAMW = dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, max_grad_norm=1.0)
-# A token that rounding sends to another expert moves the loss by 1e-3. So the seed of the batches is one of few near choices, and
-# the rate rises slowly: after a short warm-up weights 1e-7 apart do not stay near each other.
+# A token that rounding sends to another expert moves the loss by 1e-3. So the seed of the batches is one of few near choices,
+# and the rate rises slowly: after a short warm-up weights 1e-7 apart do not stay near each other.
 PEAK_RATE, WARMUP, END = 1.5e-3, 60, 0.1
 
 
