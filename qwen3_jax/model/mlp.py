@@ -73,6 +73,6 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The layer's output, in x's dtype."""
-        gate = checkpoint_name(self.gate(x), "mlp_gate")
-        up = checkpoint_name(self.up(x), "mlp_up")
+        gate = checkpoint_name(pallas_kernels.gradient_made_once(self.gate(x)), "mlp_gate")
+        up = checkpoint_name(pallas_kernels.gradient_made_once(self.up(x)), "mlp_up")
         return self.down(jax.nn.silu(gate) * up)

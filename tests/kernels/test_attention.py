@@ -1,5 +1,7 @@
 """Attention against a float64 loop over queries: padding, packing, windows, cache slots, rows that see nothing."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import attention, rms_norm, rms_norm_rope
+from pallas_kernels.attention import blocked, reference
 
 B, T, S, N, K, H = 2, 6, 11, 4, 2, 8
 
@@ -91,6 +94,29 @@ def test_implementations_have_the_same_gradient_on_a_longer_text(implementation)
     wanted, found = (jax.grad(loss, (0, 1, 2))(q, k, v, name) for name in ("reference", implementation))
     for one, other in zip(wanted, found, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype, limit", [(jnp.float32, 2e-5), (jnp.bfloat16, 0.05)])
+@pytest.mark.parametrize("most", [2**26, B * N * S * 4, 1])  # all queries at once, four (and two that are padding), one by one
+def test_a_gradient_from_the_normaliser_is_the_scores_own(dtype, limit, most):
+    *values, q_segments, k_segments, q_slots = inputs(3)
+    q_segments[0, 2] = 0
+    q, k, v = (jnp.asarray(x, dtype) for x in values)
+    where: dict[str, Any] = dict(q_segments=jnp.asarray(q_segments), k_segments=jnp.asarray(k_segments))
+    where |= dict(q_slots=jnp.asarray(q_slots), window=5, scale=0.3)
+    d_out = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), dtype)
+
+    def wide(q, k, v):
+        return reference.attention(*(x.astype(jnp.float32) for x in (q, k, v)), **where)
+
+    wanted = jax.vjp(wide, q, k, v)[1](d_out.astype(jnp.float32))
+    out, normaliser = blocked.forward(q, k, v, **where, max_scores=most)
+    found = blocked.backward(q, k, v, out=out, normaliser=normaliser, d_out=d_out, **where, max_scores=most)
+    assert normaliser.dtype == jnp.float32 and (np.asarray(normaliser)[0, :, 2] == 0).all()
+    for one, other in zip(wanted, found, strict=True):
+        assert other.dtype == dtype
+        np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), atol=limit)
+    np.testing.assert_array_equal(found[0][0, 2], 0)
 
 
 def test_a_dtype_that_the_kernel_does_not_take_is_refused():

@@ -1,6 +1,7 @@
 """Our model of a parity case, filled tensor by tensor through the name table."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,12 +23,12 @@ def model_of(name: str) -> Qwen3:
     return filled_model(cases.CASES[name])
 
 
-def filled_model(content: dict[str, Any]) -> Qwen3:
+def filled_model(content: dict[str, Any], draw: Callable[[str, tuple[int, ...]], np.ndarray] = cases.weight) -> Qwen3:
     config = Qwen3Config.from_hf(content, strict=True)
     whole: dict[str, np.ndarray] = {}
     for slot in slots(config):
         stack = whole.setdefault(slot.path, np.full(stacked_shape(slot, config), np.nan, np.float32))
-        stack[slot.index] = cases.weight(slot.name, slot.shape).reshape(slot.part)
+        stack[slot.index] = draw(slot.name, slot.shape).reshape(slot.part)
     model = abstract_model(config, dtype=jnp.float32)
     graph, state = nnx.split(model)
     nnx.replace_by_pure_dict(state, nest(whole))
