@@ -47,13 +47,20 @@ class Memory:
     buffers: tuple[Buffer, ...]
 
 
-def dumped(folder: Path) -> Path | None:
+def dumped(folder: Path, *, ended: bool = False) -> Path | None:
     """The dump of the largest program in a folder, once it is whole.
 
-    XLA writes the files that are read here side by side, and the text of what it does next (`_LATER`) after them.
+    XLA writes the files that are read here side by side, and for a TPU the text of what it does next (`_LATER`) after them.
+
+    Args:
+        folder: that XLA writes to.
+        ended: the compiler has ended, so that all it wrote is whole.
+
+    Returns:
+        The file with the program's buffers; None where there is none yet.
     """
-    found = [path for path in folder.glob(f"*{_SUFFIX}") if Path(str(path).replace(_SUFFIX, _LATER)).exists()]
-    whole = [path for path in found if program_text(path).endswith("}\n\n")]
+    found = [path for path in folder.glob(f"*{_SUFFIX}") if ended or Path(str(path).replace(_SUFFIX, _LATER)).exists()]
+    whole = [path for path in found if ended or program_text(path).endswith("}\n\n")]
     return max(whole, key=lambda path: path.stat().st_size, default=None)
 
 

@@ -35,9 +35,12 @@ def fetch(url: str, index_name: str, cache: str | os.PathLike[str] | None = None
     """
     system, root = file_system(url.rstrip("/"))
     with store_errors(url):
-        if not system.isfile(f"{root}/{index_name}"):
-            raise DataError(f"{url} has no {index_name}: accepted is a folder that `qwen3-jax data prepare` has written")
-        content = system.cat_file(f"{root}/{index_name}")
+        try:  # and do not ask first: an answer may come from a list of this process's that is older than the folder
+            content = system.cat_file(f"{root}/{index_name}")
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{url} has no {index_name}: accepted is a folder that `qwen3-jax data prepare` has written"
+            ) from error
     parts: list[dict[str, Any]] = [part for part in json.loads(content)["parts"] if part["documents"]]
     # Of the index too: what was prepared anew at the same address is another folder.
     told = hashlib.sha256(url.encode() + b"\0" + content).hexdigest()[:16]

@@ -87,10 +87,9 @@ def find_files(sources: Iterable[str]) -> list[File]:
     """The files that sources name.
 
     Args:
-        sources: paths of files and of folders, and patterns (`data/*.jsonl.zst`, `gs://bucket/**.parquet`). Of a folder all
-            files
-            are taken, at any depth, whose names say a format; hidden ones are passed over, and .json and .md, which must be
-            named or matched.
+        sources: paths of files and of folders, and patterns (`data/*.jsonl.zst`, `gs://bucket/**/*.parquet`). Of a folder
+            all files are taken, at any depth, whose names say a format; hidden ones are passed over, and .json and .md, which
+            must be named or matched.
 
     Returns:
         Each source's, sorted by path.
@@ -125,7 +124,7 @@ def _of_source(source: str) -> list[File]:
     with store_errors(source):
         # Sizes come with the list: asking for each is a request a file.
         if any(letter in path for letter in "*?["):
-            infos = system.glob(path, detail=True)
+            infos = _matching(system, path, source)
         elif system.isdir(path):
             below = len(path.rstrip("/")) + 1
             infos = {name: info for name, info in system.find(path, detail=True).items() if _is_data(name[below:])}
@@ -143,6 +142,14 @@ def _of_source(source: str) -> list[File]:
                 raise DataError(f"{name} has an unknown format: accepted are names that end in {_accepted()}")
             files.append(File(named(system, name), int(info.get("size") or 0), *kind))
         return files
+
+
+def _matching(system: Any, path: str, source: str) -> dict[str, Any]:
+    """What a pattern matches."""
+    try:
+        return system.glob(path, detail=True)
+    except ValueError as error:  # fsspec's, of a pattern that is none
+        raise DataError(f"{source}: {error}; accepted are patterns as *.jsonl and **/*.jsonl") from error
 
 
 def _is_data(path: str) -> bool:

@@ -80,7 +80,7 @@ def init_train_state(
         trainable: the parameters that are trained: all, or nnx.LoRAParam for adapters alone. The others are frozen: they have
             no gradient and no optimizer state.
         loss_scale: where dynamic loss scaling begins, if the steps compute in float16.
-        offload: keep the optimizer's state in host memory; each step fetches it.
+        offload: keep the optimizer's state in host memory; each step fetches it, that of `adamw` and `muon` a layer at a time.
 
     Returns:
         The state.

@@ -72,6 +72,7 @@ def test_a_folder_gives_its_known_files_sorted_without_hidden_ones(tmp_path):
     [
         (["{}/none.jsonl"], "none.jsonl is not there"),
         (["{}/*.parquet"], "no file to read: accepted are names that end in .jsonl"),
+        (["{}/**.jsonl"], r"\*\*.jsonl: Invalid pattern: .*; accepted are patterns as \*.jsonl and \*\*/\*.jsonl"),
         (["{}/a.py"], "a.py has an unknown format"),
         (["{}/a.parquet.gz"], "a.parquet.gz has an unknown format"),
         (["{}/a.jsonl", "{}/a.jsonl"], "a.jsonl is named twice"),

@@ -88,9 +88,11 @@ def _equations(jaxpr: Any) -> Any:
 
 
 def test_a_tpu_keeps_the_state_off_the_chip(tmp_path):
-    """The step's arguments on the chip are a dry run's weights alone; AdamW's state would be twice as much again."""
+    """The step's arguments on the chip are a dry run's weights alone; with Muon, which leaves AdamW words and norms."""
     file = tmp_path / "run.toml"
-    file.write_text(f'extends = "{CONFIGS / "demo.toml"}"\n[mesh]\ntopology = "v5p:2x2x2"\n[optimizer]\noffload = true\n')
+    file.write_text(
+        f'extends = "{CONFIGS / "demo.toml"}"\n[mesh]\ntopology = "v5p:2x2x2"\n[optimizer]\nname = "muon"\noffload = true\n'
+    )
     (stage,) = dry_run(resolve(file).run).stages
     assert stage.memory["optimizer"] == 0
     # Its arrays are smaller than the tiles that they are padded to.
