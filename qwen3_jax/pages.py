@@ -14,8 +14,9 @@ STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 92em; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0 }
 th, td { padding: .25em .5em; border-bottom: 1px solid #ddd; text-align: right }
-th:first-child, td:first-child, td.words { text-align: left } h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
-.scroll { overflow-x: auto } .no { color: #b3261e }
+th:first-child, td:first-child { text-align: left } h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
+td.text { text-align: left; vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere }
+.scroll { overflow-x: auto } .no { color: #b3261e } svg { max-width: 100%; height: auto } img { max-width: 100% }
 svg text { font: 12px system-ui, sans-serif; fill: #222 } li { margin: .2em 0 }
 """
 STROKES = ("#4269d0", "#ff725c", "#3ca951", "#efb118", "#9c6b4e", "#9498a0")
@@ -25,17 +26,19 @@ LOW, EVEN, HIGH = (33, 102, 172), (247, 247, 247), (178, 24, 43)  # colours of 0
 Points = Sequence[tuple[float, float]]
 
 
-def cells(kind: str, values: Sequence[str]) -> str:
+def cells(kind: str, values: Sequence[str], look: str = "") -> str:
     """A row of a table.
 
     Args:
         kind: th or td.
         values: text of each cell.
+        look: class of the style; "text" keeps spaces and ends of lines.
 
     Returns:
         A tr element.
     """
-    return "<tr>" + "".join(f"<{kind}>{escape(value)}</{kind}>" for value in values) + "</tr>"
+    opened = f'{kind} class="{look}"' if look else kind
+    return "<tr>" + "".join(f"<{opened}>{escape(value)}</{kind}>" for value in values) + "</tr>"
 
 
 def lines(series: Mapping[str, Points], x: str, y: str) -> str:
@@ -77,7 +80,12 @@ def lines(series: Mapping[str, Points], x: str, y: str) -> str:
         parts.append(f'<rect x="{at:g}" y="{HEIGHT - 16}" width="12" height="12" fill="{color}"/>')
         parts.append(f'<text x="{at + 16:g}" y="{HEIGHT - 6}">{escape(name)}</text>')
         at += 40 + 7 * len(name)
-    return f'<svg width="{WIDTH}" height="{HEIGHT}" role="img"><title>{escape(y)}</title>{"".join(parts)}</svg>'
+    return f"{svg(WIDTH, HEIGHT)}<title>{escape(y)}</title>{''.join(parts)}</svg>"
+
+
+def svg(width: int, height: int) -> str:
+    """The tag that opens a picture of so many pixels, which a narrower page makes smaller."""
+    return f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img">'
 
 
 def ticks(values: Sequence[float]) -> list[float]:

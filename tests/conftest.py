@@ -25,6 +25,14 @@ import jax  # noqa: E402
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+@pytest.fixture(scope="module")
+def quick():
+    """Programs are compiled with less care, in three quarters of the time: for modules that compile more than they run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def interruptible():
     """SIGINT raises KeyboardInterrupt, here and in children, also where the suite was started with it ignored (nohup, &)."""

@@ -1,7 +1,10 @@
 """`qwen3-jax train RUN.toml [--section.key value ...]`: a run of training, or what it would be."""
 
+import contextlib
+import errno
+import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +17,7 @@ USAGE = """usage: qwen3-jax train RUN.toml [--print-config] [--dry-run] [--help-
 
 Train by a run's file. --print-config shows every value and where it came from; --dry-run the mesh, the memory of a chip and
 the tokens, and starts nothing; --help-config every key with its unit. `--stages.general.batch 64` gives another value."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)  # a disk's, not ours
 SWITCHES = ("--print-config", "--dry-run", "--help-config")
 
 
@@ -84,8 +88,37 @@ def _train(run: "Run", console: "Console") -> int:
                 console.print(line)
 
         try:
-            train(run, told, progress.console.print)
+            with _one_error():
+                train(run, told, progress.console.print)
         except (TrainingError, TrainingCheckpointError) as error:
             print(f"qwen3-jax train: {error}", file=sys.stderr)
             return 1
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            where, accepted = error.filename or run.output, "accepted is a folder with room, and the right to write there"
+            print(f"qwen3-jax train: {where} cannot be written: {error.strerror}: {accepted}", file=sys.stderr)
+            return 1
     return 0
+
+
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """A checkpoint that fails is told once, as the run's end; Orbax tells it too, several times, each with a traceback."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return record.exc_info is None or "orbax" not in record.pathname
+
+    def unraisable(told: "sys.UnraisableHookArgs") -> None:
+        # Of arrays that were still being written when the first one failed, and have nobody to tell any more.
+        if not (isinstance(told.exc_value, RuntimeError) and str(told.exc_value) == "Event loop is closed"):
+            hook(told)
+
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    logger.addFilter(wanted)
+    sys.unraisablehook = unraisable
+    try:
+        yield
+        sys.unraisablehook = hook  # where the run has failed it stays, for such writes end after the run
+    finally:
+        logger.removeFilter(wanted)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from qwen3_jax.pages import STYLE, cells
+from qwen3_jax.pages import STYLE, cells, svg
 from qwen3_jax.planning.plan import Plan
 from qwen3_jax.planning.rank import SOURCES, Row, assumptions
 from qwen3_jax.planning.table import PARTS, gigabytes, milliseconds
@@ -47,7 +47,8 @@ def page(plan: Plan) -> str:
     )
     return f"""<!DOCTYPE html>
 <html lang="en">
-<head><meta charset="utf-8"/><title>{escape(title)}</title><style>{STYLE}</style></head>
+<head><meta charset="utf-8"/><meta name="viewport" content="width=device-width"/>
+<title>{escape(title)}</title><style>{STYLE}</style></head>
 <body>
 <h1>{escape(title)}</h1>
 <p>{topology.chips} chips{slices}, {topology.devices} devices; {plan.considered} meshes fit, {len(plan.rows)} were compiled.
@@ -187,4 +188,4 @@ def chart(
         drawn.append(f'<rect x="{x:g}" y="{top + 8}" width="12" height="12" fill="{COLORS[name]}"/>')
         drawn.append(f'<text x="{x + 16:g}" y="{top + 18}">{escape(name)}</text>')
         x += 34 + 7 * len(name)
-    return f'<svg width="{WIDTH + 70}" height="{top + 30}" role="img">{"".join(drawn)}</svg>'
+    return f"{svg(WIDTH + 70, top + 30)}{''.join(drawn)}</svg>"

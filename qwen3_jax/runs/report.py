@@ -1,7 +1,6 @@
 """A run as one page that needs no network: its loss, the load of its experts, its speed, and where its time went."""
 
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -12,6 +11,7 @@ import numpy as np
 
 from qwen3_jax.pages import STYLE, cells, heat, lines, said
 from qwen3_jax.runs.schema import Run
+from qwen3_jax.training.files import write_whole
 from qwen3_jax.training.journal import read_lines
 
 KINDS = ("start", "compile", "train", "data", "save", "look", "restore", "again")
@@ -34,9 +34,7 @@ def write_report(run: Run, folder: Path) -> None:
     """
     journal, starts = folder / "metrics.jsonl", folder / "starts.jsonl"
     told = [list(read_lines(file)) if file.exists() else [] for file in (journal, starts)]
-    part = folder / "report.html.part"
-    part.write_text(report(run, *told), encoding="utf-8")
-    os.replace(part, folder / "report.html")
+    write_whole(folder / "report.html", report(run, *told))
 
 
 def report(run: Run, journal: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any]]) -> str:
@@ -62,7 +60,8 @@ def report(run: Run, journal: Sequence[Mapping[str, Any]], starts: Sequence[Mapp
     title = f"Run {run.name}"
     return f"""<!DOCTYPE html>
 <html lang="en">
-<head><meta charset="utf-8"/><title>{escape(title)}</title><style>{STYLE}</style></head>
+<head><meta charset="utf-8"/><meta name="viewport" content="width=device-width"/>
+<title>{escape(title)}</title><style>{STYLE}</style></head>
 <body>
 <h1>{escape(title)}</h1>
 <table>{_summary(run, steps, held_out, starts)}</table>
@@ -229,5 +228,5 @@ def _completions(written: Sequence[Mapping[str, Any]]) -> str:
     if not written:
         return ""
     last = written[-1]
-    rows = "".join(cells("td", pair) for pair in last["completions"].items())
+    rows = "".join(cells("td", pair, "text") for pair in last["completions"].items())
     return f"<h2>Completions after step {last['step']:,}</h2><table>{rows}</table>"

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen3_jax.training.files import write_whole
 from qwen3_jax.training.journal import read_lines
 
 
@@ -32,7 +33,7 @@ class Starts:
         folder.mkdir(parents=True, exist_ok=True)
         if self._under_way.exists():
             self._append(_killed(json.loads(self._under_way.read_text("utf-8")), folder / "metrics.jsonl", first))
-        self._under_way.write_text(json.dumps(dict(begun=begun, first=first)), encoding="utf-8")
+        write_whole(self._under_way, json.dumps(dict(begun=begun, first=first)))
 
     def end(self, step: int, came_to: str, seconds: Mapping[str, float]) -> None:
         """Note the end of this start.
@@ -50,8 +51,8 @@ class Starts:
         self._under_way.unlink()
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        there = self._file.read_text("utf-8") if self._file.exists() else ""
+        write_whole(self._file, there + json.dumps(line) + "\n")
 
 
 def _killed(start: Mapping[str, Any], journal: Path, first: int) -> dict[str, Any]:

@@ -119,9 +119,12 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
             # Also of a run that stops by itself: what led to it is what one wants to see.
             journal.close()
             seconds = dict(start=start, **loop.seconds)
-            starts.end(max(first, loop.reached) if came_to == "failed" else step, came_to, seconds)
-            if leads:
-                write_report(run, folder)
+            try:
+                starts.end(max(first, loop.reached) if came_to == "failed" else step, came_to, seconds)
+                if leads:
+                    write_report(run, folder)
+            except OSError as error:  # a disk that is full has ended the run already, and that is what is to be told
+                said(f"the report, or this start's line in it, cannot be written: {error}")
         said(f"{'done' if done else 'told to end: saved'} at step {step:,} of {loop.steps:,}")
     said(f"seconds of this start: {'  '.join(f'{name} {value:.1f}' for name, value in seconds.items())}")
     return Ended(step, done, seconds)

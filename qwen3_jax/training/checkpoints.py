@@ -5,10 +5,11 @@ under its name in the tree, `run` what else decides the next step, as JSON: wher
 versions. Orbax writes in the background, each process its own shards, in chunks of a layer and an expert.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,14 @@ class Checkpoints:
         )
         self.folder = Path(folder)
         self._damaged: set[int] = set()
+        self._writing: int | None = None
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """The steps of all that are whole, ascending."""
-        return sorted(self._manager.all_steps(read=True))
+        self._manager.reload()
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, run: Mapping[str, Any]) -> None:
         """Begin to save; what the arrays hold now is what is written, though they may be donated afterwards.
@@ -84,7 +87,9 @@ class Checkpoints:
         Raises:
             TrainingCheckpointError: this save, or the one before it, has failed: no room, no rights.
         """
-        with self._told(f"checkpoint {step}"):
+        self.wait()  # Orbax does so too, and would tell a failure as this save's
+        self._writing = step
+        with self._told():
             if step in self._manager.all_steps():
                 if step not in self._damaged:
                     return
@@ -106,7 +111,7 @@ class Checkpoints:
         Raises:
             TrainingCheckpointError: what was being written has failed.
         """
-        with self._told("the last checkpoint"):
+        with self._told():
             self._manager.wait_until_finished()
 
     def restore(self, like: Any) -> Restored | None:
@@ -152,14 +157,19 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait, and let go of the folder."""
-        with self._told("the last checkpoint"):
+        with self._told():
             self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        try:
+            self.close()
+        except TrainingCheckpointError as error:
+            if kind is None:
+                raise
+            logger.warning("%s", error)  # what has ended the block is what is raised
 
     def _check_names(self, step: int, wanted: dict[str, Any]) -> None:
         """Refuse a checkpoint of something else; one whose metadata cannot be read is left to the restore."""
@@ -184,22 +194,20 @@ class Checkpoints:
                     "checkpoint of this run's model, or another output folder"
                 )
 
-    def _told(self, what: str) -> "_Told":
-        return _Told(self.folder, what)
-
-
-class _Told:
-    """A block whose failures of the file system are told with the folder they are of."""
-
-    def __init__(self, folder: Path, what: str):
-        self._folder, self._what = folder, what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError)) and not isinstance(error, TrainingCheckpointError):
-            raise TrainingCheckpointError(f"{self._folder}: {self._what} cannot be written: {error}") from error
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Tell a failure of the file system by the checkpoint that it is of, and by those that stand."""
+        try:
+            yield
+        except TrainingCheckpointError:
+            raise
+        except (OSError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            stand = ", ".join(map(str, self.steps())) or "none"
+            what = "a checkpoint" if self._writing is None else f"checkpoint {self._writing}"
+            raise TrainingCheckpointError(
+                f"{self.folder}: {what} cannot be written: {reason}; whole ones there: {stand}"
+            ) from error
 
 
 def named_arrays(state: Any) -> dict[str, Any]:

@@ -66,13 +66,17 @@ def chosen(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
 
     Args:
         finite: whether.
-        new: tree.
+        new: tree. What of it lies in host memory was chosen before it was put there (qwen3_jax.training.offload).
         old: tree of the same form.
 
     Returns:
         One of the two.
     """
-    return jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
+
+    def one(after: Any, before: Any) -> Any:
+        return after if jax.typeof(after).memory_space == jax.memory.Space.Host else jnp.where(finite, after, before)
+
+    return jax.tree.map(one, new, old)
 
 
 def all_finite(loss: Float[Array, ""], norm: Float[Array, ""]) -> Bool[Array, ""]:

@@ -5,13 +5,13 @@ Other forms of the same lines (qwen3_jax.training.sinks) are written beside it.
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qwen3_jax.training.files import named, write_whole
 from qwen3_jax.training.sinks import Sink
 
 
@@ -27,28 +27,32 @@ class Journal:
             writes: whether this process writes; on others nothing happens.
             sinks: take each line too; given on the process that writes, and closed with the journal.
         """
-        self._file = None
+        self._file, self._path = None, path
         self._sinks = sinks
         if not writes:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             kept = [line for line in read_lines(path) if line.get("step", -1) < first]
-            part = path.with_name(f"{path.name}.part")
-            part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            os.replace(part, path)
-        self._file = path.open("a", encoding="utf-8")
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        # Unbuffered: what a full disk has refused must not be tried again by whatever is written or closed next.
+        self._file = path.open("ab", buffering=0)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line; numbers that are not finite are written as null beside a word that says which.
 
         Args:
             line: JSON, its arrays and numpy scalars as lists and numbers.
+
+        Raises:
+            OSError: no room, no rights; a part of the line may be there, which a restart takes out.
         """
         if self._file is not None:
             told = {name: plain(value) for name, value in line.items()}
-            self._file.write(json.dumps(told, allow_nan=False) + "\n")
-            self._file.flush()
+            left = (json.dumps(told, allow_nan=False) + "\n").encode()
+            with named(self._path):
+                while left:
+                    left = left[self._file.write(left) :]
             for sink in self._sinks:
                 sink.write(told)
 

@@ -100,8 +100,8 @@ def gradient(
             return gradient(alone, run, params, batch, scale)
         (_, metrics), grads = one(params, batch, None)
     else:
-        form = jax.eval_shape(one, params, _first(parts), _no_counts(run, params, parts))
         seen = _no_counts(run, params, parts)
+        form = jax.eval_shape(one, params, _first(parts), seen)
         if objective.balance_over == "exact":
             seen = _counted(run, params, parts, seen)
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from qwen3_jax.training.muon import is_matrix, names_of, scale_by_muon
+from qwen3_jax.training.muon import is_matrix, scale_by_muon
+from qwen3_jax.training.offload import OnHost, in_turn, names_of
 
 
 def decayed(params: Any) -> Any:
@@ -51,7 +52,7 @@ def adamw(
     Returns:
         An optax transformation; see `by_step` for the rate's step.
     """
-    scale = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
+    scale = in_turn(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype))
     return _finished(scale, learning_rate, weight_decay, max_grad_norm)
 
 
@@ -88,7 +89,7 @@ def muon(
     scale = optax.partition(
         {
             "muon": scale_by_muon(b1, mu_dtype=mu_dtype),
-            "adam": optax.scale_by_adam(b1=adam_b1, b2=b2, eps=eps, mu_dtype=mu_dtype),
+            "adam": in_turn(optax.scale_by_adam(b1=adam_b1, b2=b2, eps=eps, mu_dtype=mu_dtype)),
         },
         labels,
     )
@@ -129,4 +130,4 @@ def _finished(
     max_grad_norm: float | None,
 ) -> optax.GradientTransformationExtraArgs:
     clip = [] if max_grad_norm is None else [optax.clip_by_global_norm(max_grad_norm)]
-    return optax.chain(*clip, scale, optax.add_decayed_weights(weight_decay, decayed), by_step(learning_rate))
+    return OnHost(*optax.chain(*clip, scale, optax.add_decayed_weights(weight_decay, decayed), by_step(learning_rate)))

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from qwen3_jax.checks import ConfigError
+from qwen3_jax.training.files import write_whole
 
 
 class SinkError(ConfigError):
@@ -100,7 +101,7 @@ class Wandb:
         folder.mkdir(parents=True, exist_ok=True)
         kept = folder / "wandb_id"
         if not kept.exists():
-            kept.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+            write_whole(kept, uuid.uuid4().hex[:12] + "\n")
         self._wandb = wandb
         id_ = kept.read_text(encoding="utf-8").strip()
         self._run: Any = wandb.init(

@@ -17,7 +17,7 @@ from qwen3_jax.parallel.mesh import on_mesh_of
 from qwen3_jax.parallel.rules import RULES, Rules
 from qwen3_jax.training.guard import all_finite, chosen
 from qwen3_jax.training.objective import BalanceOver, Objective, gradient
-from qwen3_jax.training.offload import fetched, put_back
+from qwen3_jax.training.offload import OnHost, fetched, put_back
 from qwen3_jax.training.router import router_metrics
 from qwen3_jax.training.state import Adapt, Batch, TrainState, graph_for, parts_of
 
@@ -132,6 +132,7 @@ def make_train_step(
     )
     scaling = jnp.dtype(dtype) == jnp.float16
     update = optax.with_extra_args_support(optimizer).update
+    in_place = isinstance(optimizer, OnHost)
 
     @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
     def step(state: TrainState, frozen: Any, batch: Batch, graph: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -143,8 +144,8 @@ def make_train_step(
         metrics["grad_norm"] = norm = optax.tree.norm(grads)
         metrics |= router_metrics(metrics.pop("counts"))
         finite = all_finite(metrics["loss"], norm)
-        before = fetched(state.opt_state)
-        updates, opt_state = update(grads, before, state.params, step=state.step)
+        before = state.opt_state if in_place else fetched(state.opt_state)
+        updates, opt_state = update(grads, before, state.params, step=state.step, finite=finite)
         params = optax.apply_updates(state.params, updates)
         # A gradient that is not finite would be one for good in the moments: nothing of it is kept.
         params, opt_state = chosen(finite, (params, opt_state), (state.params, before))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -29,7 +30,7 @@ from qwen3_jax.checkpoint.weights import Weights, stream, write_json
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.transformer import Qwen3
 from qwen3_jax.parallel.mesh import mesh_of
-from qwen3_jax.tune.lora import LoraConfig, adapted, attach, config_of
+from qwen3_jax.tune.lora import MATRICES, LoraConfig, adapted, attach, config_of
 from qwen3_jax.tune.peft_config import CONFIG, from_peft, to_peft
 from qwen3_jax.tune.peft_fused import file_shapes, readers
 from qwen3_jax.tune.peft_names import adapter_slots
@@ -43,7 +44,7 @@ def save_adapter(
     """Write a model's adapters as PEFT lays them out. The folder appears whole or not at all.
 
     A model on a mesh is written by all of its processes, each of which makes the same call and sees the same file system; the
-    files are the same to the byte as those of one device.
+    files are the same to the byte as those of one device. Warns of targets that PEFT misreads on transformers 5.
 
     Args:
         model: with adapters, which are written in their own dtypes.
@@ -60,6 +61,13 @@ def save_adapter(
     team, weights = team_of(mesh), in_memory(model, functools.partial(adapter_slots, lora=lora))
     wanted, dtypes = weights.slots(), weights.dtypes
     check_hf_dtypes(dtypes)
+    if (what := misread(model.config, lora)) is not None:
+        warnings.warn(
+            f"{folder}: on transformers 5 PEFT does not read adapters of {what}; read them with transformers 4.57, or merge "
+            "them into the model (qwen3_jax.tune.lora.merge) and save that",
+            UserWarning,
+            stacklevel=2,
+        )
     with team.agreed():
         check_destination(folder, overwrite, sum(slot.size * dtypes[slot.name].itemsize for slot in wanted))
     with shared_folder(folder, overwrite, team) as part:
@@ -75,6 +83,28 @@ def save_adapter(
             save(parameters(nnx.state(model, nnx.LoRAParam)), wanted, lambda slot: places[slot.name], dtypes, team)
         if team.leads:
             write_json(part / CONFIG, to_peft(model.config, lora, None if base is None else os.fspath(base)))
+
+
+def misread(config: Qwen3Config, lora: LoraConfig) -> str | None:
+    """What PEFT on transformers 5 makes nothing, or something else, of: it fuses pairs of experts by the ends of names alone.
+
+    Args:
+        config: the model's.
+        lora: its adapters'.
+
+    Returns:
+        The targets in words; None where all is read as it is meant. docs/lora.md has the measured cases.
+    """
+    kinds = {kind.mlp for segment in config.segments() for kind in segment.unit}
+    dense, experts = (
+        [f"{module}.{name}" for name in MATRICES[module] if lora.wants(module, name)] for module in ("mlp", "moe")
+    )
+    if "moe" not in kinds:
+        return None
+    if "dense" in kinds:
+        return f"{', '.join(dense + experts)} in a model of dense and MoE layers" if dense or experts else None
+    whole = len(experts) in (0, len(MATRICES["moe"])) or experts == ["moe.down"]
+    return None if whole else f"{', '.join(experts)} without the other matrices of experts"
 
 
 def _arrays(weights: Weights, wanted: list[Slot]) -> Iterator[np.ndarray]:

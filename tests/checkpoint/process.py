@@ -14,6 +14,7 @@ import jax
 
 _INDEX, _COUNT, _PORT, _DEVICES, _PLACE, _DUTY = sys.argv[1:]
 INDEX, COUNT, PLACE = int(_INDEX), int(_COUNT), Path(_PLACE)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={_DEVICES}"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_cpu_collectives_implementation", "gloo")

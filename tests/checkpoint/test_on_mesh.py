@@ -26,6 +26,8 @@ from qwen3_jax.parallel.rules import RULES
 from tests.checkpoint.folders import files, hub_tensors, write
 from tests.model.models import CONFIGS
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 BF16, FP8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 ODD = dataclasses.replace(CONFIGS["tied"], vocab_size=97)
 

@@ -19,7 +19,7 @@ from qwen3_jax.cli.chat import _answer
 from tests.chat.tiny import write_checkpoint
 
 COMMAND = [sys.executable, "-m", "qwen3_jax.cli.main"]
-ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "COLUMNS": "200"}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,6 +15,8 @@ from qwen3_jax.generation.budget import begin, budget_rule, budget_tokens, enfor
 from qwen3_jax.model.cache import Cache
 from tests.model.models import random_model
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 THINK, END, TURN, STOP, NEWLINE = 1, 2, 3, 4, 5
 OPEN, EARLY = (THINK, NEWLINE), (6, 7, END, NEWLINE)
 STEPS = 16

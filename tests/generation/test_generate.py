@@ -13,6 +13,8 @@ from qwen3_jax.generation import loop
 from qwen3_jax.generation.unstack import views
 from tests.model.models import CONFIGS, random_model, random_tokens
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 LENGTHS = [13, 5, 9]
 HOT = Sampling(temperature=1.2, top_k=30)
 

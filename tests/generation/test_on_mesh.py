@@ -18,6 +18,8 @@ from tests.chat.tiny import write_checkpoint
 from tests.model.models import random_model, random_tokens
 from tests.parallel.test_on_mesh import on_mesh
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 END = 3
 # Row 0 is greedy, row 1 drawn with every filter and penalty, row 2 greedy with a thought that is cut.
 SAMPLING = Sampling(

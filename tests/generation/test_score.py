@@ -9,6 +9,8 @@ import qwen3_jax.parallel.word_losses as home
 from qwen3_jax import score
 from tests.model.models import random_model, random_tokens
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @jax.jit
 def expected(model, tokens, segments=None):

@@ -22,6 +22,8 @@ from qwen3_jax.parallel.rules import RULES, use_rules
 from qwen3_jax.parallel.transports import exchange
 from qwen3_jax.planning.program import overlaps
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 EXPERTS, WIDTH, EMBED, TOP_K = 8, 16, 8, 4
 ROWS, LENGTH = 8, 16
 

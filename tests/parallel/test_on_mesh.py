@@ -23,6 +23,8 @@ from qwen3_jax.training.losses import cross_entropy, load_balancing_loss, mean_l
 from qwen3_jax.training.state import TrainState, trained_model
 from tests.model.models import CONFIGS, random_model
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 ROWS, LENGTH = 8, 64  # 512 tokens
 CLOSE = 1e-5  # of the largest value
 

@@ -25,7 +25,8 @@ PROGRAM = ["-m", "tests.parallel.train_program", MESH]
 
 def environ(count: int, me: int, devices: int, port: int) -> dict[str, str]:
     named = dict(JAX_COORDINATOR_ADDRESS=f"localhost:{port}", JAX_NUM_PROCESSES=str(count), JAX_PROCESS_ID=str(me))
-    return {**named, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as `quick` of conftest
+    return {**named, **quick, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
 
 
 def curve(process: Process) -> list[list[float]]:

@@ -38,6 +38,8 @@ from qwen3_jax.tune.lora import attach, merge
 from tests.chat.tiny import write_checkpoint
 from tools.demo.corpus import train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 OTHER = [[{"role": "user", "content": "words of quite another kind, again and again"}]] * 20
 
 

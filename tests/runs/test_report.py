@@ -5,6 +5,7 @@ import json
 import re
 import struct
 import zlib
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -36,7 +37,7 @@ JOURNAL = [
     {"step": 2, "rewound_from": 4},
     line(2, "nan"),
     line(3, 7.0),
-    {"step": 3, "stage": "all", "tokens_seen": 40, "held_out_loss": 7.5, "completions": {"<p>": "x"}},
+    {"step": 3, "stage": "all", "tokens_seen": 40, "held_out_loss": 7.5, "completions": {"<p>": "x\n  y"}},
 ]
 STARTS = [
     start(0.0, 100.0, 0, 4, "killed", start=10.0, train=60.0, again=30.0),
@@ -48,7 +49,7 @@ def test_the_report_shows_what_counted():
     page = report(RUN, JOURNAL, STARTS)
     assert ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>")).tag == "html"  # all that is opened is closed
     assert "Run &lt;one&gt;" in page and "<td>4 of 8</td>" in page and "<td>50.0%</td>" in page
-    assert "The model has no experts." in page and "<td>&lt;p&gt;</td><td>x</td>" in page
+    assert "The model has no experts." in page and '<td class="text">&lt;p&gt;</td><td class="text">x\n  y</td>' in page
     assert "killed at step 4, begun again at step 2, 50 s later; 2 steps were made again" in page
     assert "the loss rose: back from step 4 to step 2, 1.0 s of steps" in page
     assert "that was lost, for it made no step: 50.0%" in page
@@ -130,6 +131,25 @@ def test_a_killed_start_is_told_by_the_next(tmp_path):
     write_report(RUN, tmp_path)
     assert (tmp_path / "report.html").read_text("utf-8").count("begun again at step") == 2
     assert not (tmp_path / "report.html.part").exists()
+
+
+def test_a_kill_within_a_note_leaves_the_notes_that_were_there(tmp_path, monkeypatch):
+    """Half is written, and then nothing more: of the note that a start is under way, and of the line at its end."""
+    whole = Path.write_text
+
+    def half(self, text, **options):
+        whole(self, text[: len(text) // 2], **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", half)
+        Starts(tmp_path, 0, 1.0)
+    starts = Starts(tmp_path, 0, 2.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", half)
+        starts.end(3, "done", {})
+    Starts(tmp_path, 3, 3.0).end(4, "done", {})
+    assert [line["came_to"] for line in read_lines(tmp_path / "starts.jsonl")] == ["killed", "done"]
 
 
 def test_another_process_writes_no_starts(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,9 @@ from tests.chat.tiny import SAMPLE
 from tests.model.models import QUICK as COMPILE_QUICKLY
 from tests.parallel.launch import free_port, together
 from tests.training.events import figures
+from tools.compare_runs import saves
 from tools.demo.corpus import train_tokenizer
+from tools.start_runs import start
 
 # Compilers take most of a start's time, and these programs run for a second.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -114,14 +117,22 @@ def place(prepared, tmp_path):
     return tmp_path
 
 
-def begin(prepared, place, *words):
-    env = os.environ | {
+def environ_of(prepared):
+    return os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {QUICK}",
         "JAX_COMPILATION_CACHE_DIR": str(prepared / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-m", "qwen3_jax.cli.main", "train", str(place / "run.toml"), *words]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def command_of(place, *words):
+    return [sys.executable, "-m", "qwen3_jax.cli.main", "train", str(place / "run.toml"), *words]
+
+
+def begin(prepared, place, *words):
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command_of(place, *words), cwd=ROOT, env=environ_of(prepared), **options)
 
 
 def finish(process):
@@ -140,15 +151,15 @@ def at_step(process, step, number):
     return "".join(said)
 
 
-def curve(place):
+def curve(place, runs="runs"):
     """What a run's lines say of its steps, and of its held-out loss."""
     told = ("step", "stage", "loss", "grad_norm", "expert_load", "tokens_seen", "held_out_loss")
-    return [{name: line[name] for name in told if name in line} for line in read_lines(place / "runs/tiny/metrics.jsonl")]
+    return [{name: line[name] for name in told if name in line} for line in read_lines(place / runs / "tiny/metrics.jsonl")]
 
 
-def arrays_of(place, step=14):
+def arrays_of(place, step=14, runs="runs"):
     """What a checkpoint holds, by its names there."""
-    folder = place / f"runs/tiny/checkpoints/{step}/state"
+    folder = place / runs / f"tiny/checkpoints/{step}/state"
     names = json.loads((folder / "_METADATA").read_text())["tree_metadata"].values()
     found = {}
     for entry in names:
@@ -245,29 +256,34 @@ def test_a_run_is_told_to_boards_and_reported(watched):
         [loss for _, loss in found["loss"]], [line["loss"] for line in lines if "loss" in line], rtol=1e-6
     )
     assert [step for step, _ in found["held_out_loss"]] == [6, 13]
-    (start,) = read_lines(folder / "starts.jsonl")
+    (only,) = read_lines(folder / "starts.jsonl")
     kinds = {"start", "compile", "train", "data", "save", "look", "restore"}
-    assert start["came_to"] == "done" and set(start["seconds"]) == kinds
-    assert sum(start["seconds"].values()) <= start["ended"] - start["begun"]
+    assert only["came_to"] == "done" and set(only["seconds"]) == kinds
+    assert sum(only["seconds"].values()) <= only["ended"] - only["begun"]
     page = (folder / "report.html").read_text("utf-8")
     assert page.count("<svg") == 3 and page.count("<img") == 3 and "<td>14 of 14</td>" in page
     assert not (folder / "under_way.json").exists()
 
 
 def test_kills_leave_no_trace_in_curve_or_weights(straight, prepared, place):
-    """Within the first stage, past its end, and near the run's: each start goes on from the newest whole checkpoint."""
-    for step in (2, 7, 12):
-        process = begin(prepared, place)
-        out = at_step(process, step, signal.SIGKILL)
-        assert finish(process)[0] == -signal.SIGKILL, out
+    """Inside a save, between write and rename, and in the second stage while data is read ahead."""
+    (place / "runs").mkdir()
+    newest, steps = 0, []
+    for at, step in (("save.writing", 2), ("finalise.merged", 8), ("prefetch.read", 11)):
+        found = start(place / "runs", prepared / "cache", [], at, step)
+        assert found.code == -signal.SIGKILL and found.of("at")[0]["place"] == at
+        assert found.orphans == []
+        assert [told["step"] for told in found.of("resumed")] == ([newest] if newest else [])
+        newest = saves(place / "runs/tiny")[0]
+        steps.append(found.of("at")[0]["step"])
     code, out = finish(begin(prepared, place))
     assert code == 0, out
-    assert "goes on at step" in out
+    assert f"goes on at step {newest}" in out and newest >= 6
     assert curve(place) == straight[0]
     starts = list(read_lines(place / "runs/tiny/starts.jsonl"))
-    assert [start["came_to"] for start in starts] == ["killed"] * 3 + ["done"]
-    for start, at in zip(starts, (2, 7, 12), strict=False):
-        assert start["step"] >= at, starts  # the line of the step that was told need not have been written
+    assert [line["came_to"] for line in starts] == ["killed"] * 3 + ["done"]
+    for line, step in zip(starts, steps, strict=False):
+        assert line["step"] >= step - 1, starts  # lines of the last two steps need not have been written
     assert "killed at step" in (place / "runs/tiny/report.html").read_text("utf-8")
     found = arrays_of(place)
     assert found.keys() == straight[1].keys()
@@ -325,6 +341,57 @@ def test_two_processes_and_one_make_the_same_run(straight, prepared, place):
         np.testing.assert_allclose(
             found_arrays[name], array, rtol=1e-4, atol=1e-5 * max(1.0, np.abs(array).max()), err_msg=name
         )
+
+
+def as_at_step_9(watched, place):
+    """The run as it was then, with lines of steps that come again; its newest checkpoint is step 9's."""
+    shutil.copytree(watched / "runs/tiny/checkpoints/9", place / "runs/tiny/checkpoints/9")
+    shutil.copy(watched / "runs/tiny/metrics.jsonl", place / "runs/tiny")
+    return place / "runs"
+
+
+def test_on_another_mesh_the_run_is_the_same(straight, watched, prepared, place):
+    """The data to its last document, the curve within 1e-5."""
+    as_at_step_9(watched, place)
+    code, out = finish(begin(prepared, place, "--mesh.axes", "data=4"))
+    assert code == 0, out
+    assert "goes on at step 9" in out and "changed since it was saved: mesh.axes" in out
+    for one, other in zip(curve(place), straight[0], strict=True):
+        (name,) = {"loss", "held_out_loss"} & other.keys()
+        assert one[name] == pytest.approx(other[name], rel=1e-5), other["step"]
+    stands = [json.loads((at / "runs/tiny/checkpoints/14/run/metadata").read_text())["progress"] for at in (watched, place)]
+    assert stands[0]["data"] == stands[1]["data"]
+
+
+# A file system of its own where this user may mount one: it is full but for what lines of the journal take. Elsewhere files
+# have a largest size, which checkpoints are above.
+FULL = """
+if unshare -Urm true 2>/dev/null; then exec unshare -Urm sh -c '
+    mount -t tmpfs -o size=16m none "$1" && cp -r "$2"/. "$1" && { head -c 16m /dev/zero > "$1/ballast" || true; }
+    truncate -s -64k "$1/ballast"; shift 2; "$@"; echo "code $?"
+    rm runs/ballast && "$@" && cp -r runs kept' sh "$@"
+fi
+cp -r "$2"/. "$1"; shift 2; (ulimit -f 64; "$@"); echo "code $?"
+"$@" && cp -r runs kept
+"""
+
+
+def test_a_full_disk_ends_the_run_with_one_error_and_with_room_it_goes_on(straight, watched, prepared, place):
+    (place / "was").mkdir()
+    as_at_step_9(watched, place).rename(place / "was/runs")
+    (place / "runs").mkdir()
+    command = ["sh", "-c", FULL, "sh", str(place / "runs"), str(place / "was/runs"), *command_of(place)]
+    out = subprocess.run(command, cwd=place, env=environ_of(prepared), capture_output=True, text=True, timeout=300)
+    lines = (out.stdout + out.stderr).splitlines()
+    assert "code 1" in lines and "Traceback" not in out.stderr, lines
+    (error,) = [line for line in lines if line.startswith("qwen3-jax train: ")]
+    assert re.search(
+        r"runs/tiny/checkpoints: checkpoint 12 cannot be written: .*(No space left|File too large).*whole ones there: 9$", error
+    ), error
+    assert "goes on at step 9" in out.stdout and out.returncode == 0, lines
+    assert curve(place, "kept") == straight[0]
+    for name, array in arrays_of(place, "kept").items():
+        np.testing.assert_array_equal(array, straight[1][name], err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gc
 import json
+import re
 import shutil
 import time
 
@@ -18,6 +19,8 @@ from qwen3_jax.training import checkpoints as checkpoints_module
 from qwen3_jax.training.checkpoints import Checkpoints, TrainingCheckpointError, named_arrays
 from qwen3_jax.training.state import abstract_train_state
 from tests.parallel.test_on_mesh import on_mesh, skewed
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 OPTIMIZER = adamw(1e-2)
 # Of a restore that fails, Orbax leaves reads behind, whose ends find the event loop closed: in a moment, on other threads.
@@ -127,6 +130,19 @@ def test_with_all_damaged_the_run_is_refused(saved):
         pytest.raises(TrainingCheckpointError, match="none of its checkpoints can be read: 30: "),
     ):
         checkpoints.restore(like_of())
+
+
+def test_a_save_that_fails_is_told_with_those_that_stand_and_hides_nothing(saved, monkeypatch, caplog):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    said = "a checkpoint cannot be written: .*No space left on device; whole ones there: 10, 20, 30"
+    for error, expected in ((None, TrainingCheckpointError), (ZeroDivisionError, ZeroDivisionError)):
+        with pytest.raises(expected) as raised, Checkpoints(saved) as checkpoints:
+            monkeypatch.setattr(checkpoints._manager, "close", full)
+            if error is not None:
+                raise error
+        assert re.search(said, caplog.text if error else str(raised.value))
 
 
 def test_what_is_not_whole_does_not_count(saved):

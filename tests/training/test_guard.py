@@ -11,6 +11,8 @@ from qwen3_jax import Batch, adamw, init_train_state, make_train_step
 from qwen3_jax.training.guard import GROWS_AFTER, init_guard
 from tests.model.models import CONFIGS, random_model, random_tokens
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def batch_of(seed):
     tokens = random_tokens(2, 12, seed)

@@ -15,6 +15,8 @@ from qwen3_jax.training.loop import Loop, Policy, Progress, Stage, TrainingError
 from qwen3_jax.training.schedule import Phase, schedule
 from tests.model.models import CONFIGS, random_model
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 OPTIMIZER = adamw(schedule([Phase(5, 1e-2), Phase(6, 3e-3, start=1.0)]))
 
 

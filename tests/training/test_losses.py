@@ -12,6 +12,8 @@ from qwen3_jax.training.losses import balance_of_counts
 from qwen3_jax.training.router import router_metrics
 from tests.model.models import random_model, random_tokens
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def softmax(x):
     x = np.exp(x - x.max(-1, keepdims=True))

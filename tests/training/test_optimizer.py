@@ -11,9 +11,12 @@ from flax import nnx
 from optax import contrib
 
 from qwen3_jax import abstract_model, adamw, make_mesh
-from qwen3_jax.training.muon import CONSISTENT_RMS, OUTPUTS, is_matrix, names_of
+from qwen3_jax.training.muon import CONSISTENT_RMS, OUTPUTS, is_matrix
+from qwen3_jax.training.offload import names_of
 from qwen3_jax.training.optimizer import by_step, decayed, muon
 from tests.model.models import random_model
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def tree(name="alternating"):

@@ -12,6 +12,8 @@ from qwen3_jax.parallel.rules import TRAIN_RULES
 from tests.model.models import CONFIGS, random_model, random_tokens
 from tests.parallel.test_on_mesh import on_mesh, skewed
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 ROWS, LENGTH = 8, 24
 
 

@@ -12,6 +12,8 @@ from qwen3_jax.training.optimizer import decayed
 from qwen3_jax.training.state import trained_model
 from tests.model.models import CONFIGS, random_model, random_tokens
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def batch_of(tokens, segment_ids=None):
     return Batch(tokens=tokens, labels=jnp.roll(tokens, -1, 1), mask=jnp.ones(tokens.shape), segment_ids=segment_ids)

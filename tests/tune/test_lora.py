@@ -31,6 +31,8 @@ from qwen3_jax.training.state import trained_model
 from qwen3_jax.tune.lora import LoraConfig, attach, merge
 from tests.model.models import CONFIGS, random_model, random_tokens
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 LORA = LoraConfig(rank=4, alpha=6)
 ROWS, LENGTH = 8, 32
 CLOSE = 1e-5  # of the largest value

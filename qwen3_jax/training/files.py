@@ -1,0 +1,42 @@
+"""A run's small files: whole or not at all, and with their names in what is said of a full disk."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all, whenever this process is killed: beside it first, then in its place.
+
+    Args:
+        path: the file; one that is there is replaced.
+        text: all that it holds from then on.
+
+    Raises:
+        OSError: no room, no rights; the file is as it was.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with named(part):
+            part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """A write's failure with the file that it is of, which Python does not say.
+
+    Args:
+        path: the file.
+
+    Raises:
+        OSError: the one that was raised within, with the file.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
