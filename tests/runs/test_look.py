@@ -15,7 +15,7 @@ from qwen3_jax.data.mixture import Source
 from qwen3_jax.data.prepare import prepare
 from qwen3_jax.data.worker import Work
 from qwen3_jax.parallel.rules import TRAIN_RULES
-from qwen3_jax.runs.export import check_export, export
+from qwen3_jax.runs.export import check_export, export, keep_newest
 from qwen3_jax.runs.look import Look, find_tokenizer, stage_at
 from qwen3_jax.runs.parts import lora_config
 from qwen3_jax.runs.schema import (
@@ -145,6 +145,15 @@ def test_an_export_writes_over_nothing(place, tmp_path):
         with pytest.raises(RunError, match="checkpoint.export .* holds something: accepted is a path where nothing stands"):
             check(folder, 3)
         check(folder, 4)  # the run is done: what stands there is its own
+
+
+def test_the_newest_exports_stay_and_later_ones_do_not_count(tmp_path):
+    """Step 90 is of a start that got further, before a kill; what a killed removal has left goes too."""
+    for name in ("step-10", "step-20", "step-30", "step-90", ".step-5.removed", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    keep_newest(tmp_path, 30, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "step-20", "step-30", "step-90"]
 
 
 def test_a_run_that_stops_by_itself_is_reported(place, tmp_path):

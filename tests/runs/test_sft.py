@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qwen3_jax import Qwen3, Qwen3Config, cross_entropy, from_pretrained, generate, load_tokenizer, save_pretrained
+from qwen3_jax import Chat, Qwen3, Qwen3Config, Sampling, cross_entropy, from_pretrained, load_tokenizer, save_pretrained
+from qwen3_jax.cli.adapter import with_adapter
 from qwen3_jax.data.loader import LoaderConfig, make_loader
 from qwen3_jax.data.mixture import Source
 from qwen3_jax.training.journal import read_lines
 from qwen3_jax.tune.lora import merge
-from qwen3_jax.tune.peft import load_adapter
 from tests.model.models import QUICK
 from tests.runs.test_train import QUICK as FLAGS
 from tools.demo.corpus import train_tokenizer
@@ -65,7 +65,7 @@ remat = "none"
 
 [checkpoint]
 every = 1000
-export_every = 20
+export_every = 30
 export_keep = 1
 
 [watch]
@@ -89,6 +89,7 @@ base_dtype = "float32"
 PREPARE = [
     ["data", "prepare", f"{name}.jsonl", "--tokenizer", "base", "--out", f"{name}-tokens", "--workers", "0"] for name in TAUGHT
 ]
+TEXT_ENDS, TURN_ENDS = 288, 290  # so few words are in these conversations
 BEGAN_FROM = {"sft": "base", "lora": "runs/sft/exports/step-60"}
 ADAPTER = ["--checkpoint.export", "adapter", "--checkpoint.export_form", "adapter"]
 COMMANDS = [*PREPARE, ["train", "sft.toml"], ["train", "lora.toml"], ["train", "lora.toml", *ADAPTER]]
@@ -106,10 +107,10 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("sft")
     train_tokenizer(TAUGHT["sft"], 330, place / "tokenizer")
     tok = load_tokenizer(place / "tokenizer")
-    (end,) = tok.encode("<|endoftext|>")
+    assert tok.encode("<|endoftext|><|im_end|>") == [TEXT_ENDS, TURN_ENDS]
     shape = dict(vocab_size=330, hidden_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
     experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-    config = Qwen3Config(**shape, **experts, intermediate_size=64, eos_token_id=end)
+    config = Qwen3Config(**shape, **experts, intermediate_size=64, eos_token_id=TEXT_ENDS)
     make = jax.jit(lambda: Qwen3(config, rngs=nnx.Rngs(0), dtype=jnp.float32), compiler_options=QUICK)
     save_pretrained(make(), place / "base", tokenizer=tok)
     for name, text in (("sft", RUN), ("lora", LORA)):
@@ -151,29 +152,28 @@ def test_the_loss_is_of_the_assistants_tokens_and_falls(place, name):
     np.testing.assert_allclose(found[0], cross_entropy(logits, batch.labels, batch.mask), rtol=1e-5)
     of_all = cross_entropy(logits, batch.labels, jnp.asarray(batch.segment_ids > 0, jnp.float32))
     assert abs(found[0] - float(of_all)) > 1e-3
-    assert np.mean(found[-3:]) < 0.05 < found[0]
+    assert np.mean(found[-3:]) < found[0] / 3
 
 
 @pytest.mark.parametrize("name", TAUGHT)
-def test_an_export_answers_as_it_was_taught_and_stops(place, name):
-    """With a thought or without, as each question's answer has one; the base's own config did not stop at a turn's end."""
+def test_it_answers_as_it_was_taught_and_stops(place, name):
+    """With a thought or without, as each answer has one; the first base's tokenizer does not know that a turn's end is one."""
     folder = place / f"runs/{name}/exports/step-60"
     assert [path.name for path in folder.parent.iterdir()] == ["step-60"]  # the newest alone is kept
-    tok, model = load_tokenizer(folder), from_pretrained(folder, dtype=jnp.float32)
-    asked = [tok.apply_chat_template(chat[:1], add_generation_prompt=True) for chat in TAUGHT[name]]
-    tokens = np.zeros((len(asked), max(map(len, asked))), np.int32)
-    for row, ids in zip(tokens, asked, strict=True):
-        row[: len(ids)] = ids
-    out = generate(model, tokens, lengths=list(map(len, asked)), max_new_tokens=40, stop_tokens=tok.stop_token_ids)
-    wrote = [tok.decode(ids[:length]) for ids, length in zip(np.asarray(out.tokens), np.asarray(out.lengths), strict=True)]
-    whole = [tok.apply_chat_template(chat, tokenize=False) for chat in TAUGHT[name]]
-    assert [tok.decode(ids) + text + "\n" for ids, text in zip(asked, wrote, strict=True)] == whole
+    assert load_tokenizer(folder).stop_token_ids == (TURN_ENDS, TEXT_ENDS)
+    tok = load_tokenizer(place / "base")
+    assert tok.stop_token_ids == (TEXT_ENDS,)
+    chat = Chat(from_pretrained(folder, dtype=jnp.float32), tok)
+    for ask, answer in TAUGHT[name]:
+        deltas = list(chat.stream([ask], sampling=Sampling(0.0), max_new_tokens=40))
+        assert "".join(delta.thinking for delta in deltas).strip() == answer.get("reasoning_content", "")
+        assert "".join(delta.content for delta in deltas) == answer["content"]
 
 
 def test_adapters_leave_the_base_as_it_was(place):
     """What the run merged into the weights that it held is the adapter folder merged into the base, to the bit."""
     base = from_pretrained(place / BEGAN_FROM["lora"], dtype=jnp.float32)
-    merged = merge(load_adapter(base, place / "adapter"))
+    merged = merge(with_adapter(base, str(place / "adapter")))
     exported = from_pretrained(place / "runs/lora/exports/step-60", dtype=jnp.float32)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(merged), nnx.state(exported))
     same = jax.tree.map(np.array_equal, nnx.state(base), nnx.state(exported))
