@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.abstract import abstract_model
+from qwen3_jax.model.quantized import QuantizedParam
 from qwen3_jax.model.transformer import Qwen3
 from qwen3_jax.parallel.mesh import MeshError, mesh_of, on_mesh_of, said
 from qwen3_jax.parallel.rules import RULES, Rules
@@ -86,11 +87,13 @@ def init_train_state(
         The state.
 
     Raises:
-        ValueError: the model has none of these parameters.
+        ValueError: the model has none of these parameters, or codes among them.
     """
     params, frozen = nnx.state(model, trainable, nnx.Param)
     if not jax.tree.leaves(params):
         raise ValueError(f"the model has no {trainable.__name__}: accepted is one that has what is to be trained")
+    if jax.tree.leaves(nnx.state(params, QuantizedParam)):
+        raise ValueError("the model's matrices are codes, which are frozen: accepted is trainable=nnx.LoRAParam")
     with on_mesh_of(params):
         opt_state = jax.jit(optimizer.init)(params)
         return TrainState(
