@@ -318,7 +318,10 @@ def _gathered(layout: Layout, weights: list[Any], layer: Any, dtype: Any) -> Any
         if layout.stacked:
             weight = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
         if place in places and jnp.issubdtype(weight.dtype, jnp.floating):  # neither codes nor scales
-            weight = pallas_kernels.cast(weight, dtype)  # a plain conversion would be one of all layers
+            # By a kernel, with whole lanes: a plain conversion would be one of all layers.
+            turned = names[-1] == "rank"
+            weight = pallas_kernels.cast(weight.swapaxes(-1, -2) if turned else weight, dtype)
+            weight = weight.swapaxes(-1, -2) if turned else weight
         if not layout.embed or "embed" not in names:
             return weight
         return jax.lax.all_gather(weight, layout.embed, axis=names.index("embed"), tiled=True)

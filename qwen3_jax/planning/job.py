@@ -7,6 +7,8 @@ from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.remat import check_policy
 
 Mode = Literal["train", "lora", "prefill", "decode"]
+Base = Literal["bfloat16", "int8", "int4", "nf4"]
+AdapterDtype = Literal["float32", "bfloat16"]
 
 
 class PlanError(ValueError):
@@ -19,13 +21,15 @@ class Job:
 
     Attributes:
         config: the model's shape.
-        mode: `train` is a step of AdamW in float32 with bfloat16 products; `lora` is one that trains adapters in float32, on
-            every matrix of attention, MLPs and experts, the model itself frozen in bfloat16; `prefill` reads prompts into a new
-            cache; `decode` is one more token for every row. Both have bfloat16 weights and cache.
+        mode: `train` is a step of AdamW in float32 with bfloat16 products; `lora` is one that trains adapters on every matrix
+            of attention, MLPs and experts, the model itself frozen; `prefill` reads prompts into a new cache; `decode` is one
+            more token for every row. Both have bfloat16 weights and cache.
         batch: rows of the whole pod.
         seq: tokens of a row; in decode the cache's slots.
         remat: what the backward pass keeps (qwen3_jax.model.remat).
         rank: of the adapters, in mode lora.
+        base: in mode lora what those matrices are kept in: bfloat16, as all else of the model is, or codes: int8, int4, nf4.
+        adapter_dtype: of adapters, their gradients and moments: float32 or bfloat16.
     """
 
     config: Qwen3Config
@@ -34,10 +38,13 @@ class Job:
     seq: int
     remat: str = "full"
     rank: int = 16
+    base: Base = "bfloat16"
+    adapter_dtype: AdapterDtype = "float32"
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise PlanError(f"mode is {self.mode!r}: accepted are {', '.join(get_args(Mode))}")
+        for name, accepted in (("mode", Mode), ("base", Base), ("adapter_dtype", AdapterDtype)):
+            if getattr(self, name) not in get_args(accepted):
+                raise PlanError(f"{name} is {getattr(self, name)!r}: accepted are {', '.join(get_args(accepted))}")
         for name in ("batch", "seq", "rank"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} is {getattr(self, name)}: accepted is a whole number from 1")

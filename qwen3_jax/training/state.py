@@ -113,6 +113,7 @@ def abstract_train_state(
     rules: Rules = RULES,
     param_dtype: DTypeLike = jnp.float32,
     adapt: Adapt | None = None,
+    adapter_dtype: DTypeLike = jnp.float32,
     offload: bool = False,
 ) -> TrainState:
     """A state of shapes: to lower a step for devices that are not there, or to be restored into.
@@ -124,6 +125,7 @@ def abstract_train_state(
         rules: which mesh axes split what.
         param_dtype: of the model's parameters; of those that are frozen, where there are adapters.
         adapt: a LoraConfig: its adapters alone are trained.
+        adapter_dtype: theirs.
         offload: the optimizer's state is in host memory.
 
     Returns:
@@ -134,6 +136,10 @@ def abstract_train_state(
     """
     model = abstract_model(config, mesh, rules=rules, param_dtype=param_dtype, adapt=adapt)
     params, frozen = nnx.state(model, nnx.Param if adapt is None else nnx.LoRAParam, nnx.Param)
+    if adapt is not None:
+        params = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(adapter_dtype), sharding=leaf.sharding), params
+        )
 
     def on_mesh(tree: Any) -> Any:
         # Shapes name an abstract mesh; those that name none are whole on each device.
