@@ -123,6 +123,7 @@ class Embedded:
         self.table, self.embedded = table, embedded
 
     def __call__(self, tokens: Any, dtype: Any) -> Any:
+        """What stands for the words."""
         return self.embedded
 
     def __getattr__(self, name: str) -> Any:

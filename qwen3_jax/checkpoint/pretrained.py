@@ -106,16 +106,16 @@ def filled(weights: Weights, stacked: Mapping[str, np.dtype]) -> dict[str, jax.A
 
     Args:
         weights: where from.
-        stacked: the dtype of each parameter, by its path.
+        stacked: the dtype of each parameter that is wanted, by its path.
 
     Returns:
-        The parameters by their paths.
+        These parameters by their paths.
 
     Raises:
         CheckpointError: as of `stream`.
     """
     whole: dict[str, jax.Array] = {}
-    order = weights.slots()
+    order = [slot for slot in weights.slots() if slot.path in stacked]
     for block in stream(weights, order, {slot.name: stacked[slot.path] for slot in order}, "reading"):
         slot, values = block.slot, block.values
         if len(values) == slot.shape[0]:

@@ -64,3 +64,21 @@ class Job:
     def tokens(self) -> int:
         """Tokens that a step takes in over the whole pod."""
         return self.batch if self.mode == "decode" else self.batch * self.seq
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of a parameter of the adapters, and of each of its moments."""
+        return 4 if self.adapter_dtype == "float32" else 2
+
+    def frozen_bytes(self, kind: str) -> float:
+        """Bytes that a frozen parameter takes, in mode lora.
+
+        Args:
+            kind: attention, dense or experts, the matrices that may be codes, or any other.
+
+        Returns:
+            2 of bfloat16; of codes theirs, and a share of a scale of 2 bytes for each 64.
+        """
+        if self.base == "bfloat16" or kind not in ("attention", "dense", "experts"):
+            return 2.0
+        return (1.0 if self.base == "int8" else 0.5) + 2 / 64

@@ -24,8 +24,8 @@ def compiled_figures(request: dict) -> dict:
     """Lower and compile one candidate, and read what the compiler says.
 
     Args:
-        request: config (as config.json), mode, batch, seq, remat, rank, base, adapter_dtype, topology, slices, mesh (a wish), rules (all
-            rows that may differ from RULES).
+        request: config (as config.json), mode, batch, seq, remat, rank, base, adapter_dtype, topology, slices, mesh (a wish),
+            rules (all rows that may differ from RULES).
 
     Returns:
         arguments (category -> bytes of a device), seconds (of tracing and compiling), and one of: program (a Program's fields);

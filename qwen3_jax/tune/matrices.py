@@ -24,12 +24,20 @@ def copied(model: Qwen3) -> Qwen3:
 
 def matrices(model: Qwen3) -> Iterator[tuple[Any, str, str]]:
     """Every matrix: its module, that module's name in its layer, and its own name."""
-    for unit in model.segments:
-        for block in unit.blocks:
+    yield from ((module, kind, name) for _, module, kind, name in matrices_at(model))
+
+
+def matrices_at(model: Qwen3) -> Iterator[tuple[str, Any, str, str]]:
+    """Every matrix with its parameter's path in the table of names, of a model of floats."""
+    for s, unit in enumerate(model.segments):
+        for u, block in enumerate(unit.blocks):
             for kind, names in MATRICES.items():
                 module = getattr(block, kind, None)
-                if module is not None:
-                    yield from ((module, kind, name) for name in names)
+                if module is None:
+                    continue
+                for name in names:
+                    path = f"segments.{s}.blocks.{u}.{kind}.{name}"
+                    yield path if isinstance(getattr(module, name), nnx.Param) else f"{path}.weight", module, kind, name
 
 
 # Experts' matrices are parameters of their module, all others are modules.

@@ -5,6 +5,7 @@ that is rounded sends tokens elsewhere, and all of them are 2 % of Qwen3-30B-A3B
 """
 
 import math
+from typing import Any
 
 import jax
 from flax import nnx
@@ -44,16 +45,33 @@ def quantize(model: Qwen3, kind: str, *, block: int = BLOCK) -> Qwen3:
         raise ValueError(f"the model is in {found[0]} already: accepted is one of floats; `dequantize` makes one of it")
     model = copied(model)
     for module, where, name in list(matrices(model)):
-        weight, outputs = weight_of(module, name)
-        inner = math.prod(weight.shape[stacked_axes(axes_of(weight)) + outputs :])
-        if block < 1 or inner % block:
-            raise ValueError(
-                f"{where}.{name} has {inner} columns, and a block {block} values: accepted is a number that divides them"
-            )
-        with on_mesh_of(model), use_rules(model.rules):
-            made = jax.jit(lambda weight, outputs=outputs: Quantized(weight, outputs, kind=kind, block=block))(weight)
-        set_weight(module, name, made)
+        quantize_matrix(model, module, where, name, kind, block)
     return model
+
+
+def quantize_matrix(model: Qwen3, module: Any, where: str, name: str, kind: str, block: int) -> None:
+    """Put codes in the place of one of a model's matrices.
+
+    Args:
+        model: whose.
+        module: the matrix's.
+        where: the module's name in its layer.
+        name: the matrix's own.
+        kind: of the codes.
+        block: values that share a scale.
+
+    Raises:
+        ValueError, MeshError: as of `quantize`.
+    """
+    weight, outputs = weight_of(module, name)
+    inner = math.prod(weight.shape[stacked_axes(axes_of(weight)) + outputs :])
+    if block < 1 or inner % block:
+        rest = f": {inner} / {block} leaves {inner % block}" if block > 0 else ""
+        raise ValueError(
+            f"{where}.{name} has {inner} columns in blocks of {block}{rest}; accepted is a number that divides them"
+        )
+    with on_mesh_of(weight), use_rules(model.rules):
+        set_weight(module, name, jax.jit(lambda weight: Quantized(weight, outputs, kind=kind, block=block))(weight))
 
 
 def dequantize(model: Qwen3, dtype: DTypeLike | None = None) -> Qwen3:
