@@ -93,7 +93,7 @@ def pair(config: Any, given: argparse.Namespace, mesh: Any, dtype: Any, param_dt
     step = make_train_step(config, optimizer, dtype=dtype, remat=given.remat, rules=rules, adapt=lora)
 
     def array(shape: tuple[int, ...], kind: Any) -> jax.ShapeDtypeStruct:
-        spec = rules.spec("batch", *(None,) * (len(shape) - 1), mesh=mesh)
+        spec = rules.spec("batch", None, mesh=mesh) if len(shape) == 2 else rules.spec("batch", "seq", None, mesh=mesh)
         return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
 
     rows = (given.batch, given.seq)
@@ -232,8 +232,7 @@ def compile_both(given: argparse.Namespace) -> None:
         sizes = [program.arguments, program.temporaries, whole, program.flops / 1000, program.timed_hbm_bytes]
         figures = [f"{size / 1e9:.2f}" for size in sizes]
         table.add_row(name, *figures, f"{told.compute:.3f}", f"{told.hbm:.3f}", f"{told.total:.3f}")
-        for line in program.unknown:
-            print(f"{name}: {line}")
+        print(f"{name}: {', '.join(figures)}", *program.unknown, sep="; ", flush=True)
     Console(width=170).print(table, f"ratio {totals[0] / totals[1]:.3f}")
 
 

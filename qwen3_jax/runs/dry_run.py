@@ -113,9 +113,9 @@ def dry_run(run: Run, devices: int | None = None) -> Need:
 
 
 def _share_of_two_moments(run: Run) -> float:
-    """What lies on a device of an optimizer's state, over two moments in the dtype of what is trained, float32 but for adapters.
+    """What lies on a device of an optimizer's state, over two moments in the dtype of what is trained.
 
-    The first has a dtype of its own; Muon has one of all but a few parameters.
+    That is float32, or of adapters their own. The first has a dtype to itself; Muon has one of all but a few parameters.
     """
     optimizer, size = run.optimizer, 2 if run.lora is not None and run.lora.dtype == "bfloat16" else 4
     if optimizer.offload:
