@@ -75,7 +75,7 @@ def nearest(x: Float[Array, "..."], kind: str) -> Integer[Array, "..."]:
     """
     if kind == "nf4":
         middles = [(low + high) / 2 for low, high in zip(NF4[:-1], NF4[1:], strict=True)]
-        return sum((x > middle).astype(jnp.int32) for middle in middles)
+        return sum(((x > middle).astype(jnp.int32) for middle in middles), start=jnp.zeros(x.shape, jnp.int32))
     largest = int(LARGEST[kind])
     codes = jnp.clip(jnp.round(x), -largest, largest).astype(jnp.int32)
     return codes + 8 if kind == "int4" else codes

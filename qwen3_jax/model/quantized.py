@@ -52,7 +52,7 @@ class Quantized(nnx.Module):
         layout = None if meshless() else jax.typeof(value).sharding.spec
         split = None if layout is None else (*layout[:stacked], layout[stacked], layout[stacked + outputs])
         if split is not None:
-            self._check_shards(*split[-2:], kind, block)
+            self._check_shards(split[-2], split[-1], kind, block)
 
         def codes_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
             leading, rows = x.shape[:stacked], math.prod(x.shape[stacked : stacked + outputs])

@@ -86,7 +86,7 @@ def attach(model: Qwen3, config: LoraConfig, key: jax.Array, *, param_dtype: DTy
     if adapted(model):
         raise ValueError("the model has adapters already: accepted is one without; `merge` makes one of it")
     found = kind_of(model)
-    if config.base is not None and found not in (None, (config.base, config.block)):
+    if config.base is not None and found is not None and found != (config.base, config.block):
         raise ValueError(
             f"the model is in {found[0]} of blocks of {found[1]}, and base is {config.base!r}, block {config.block}: accepted "
             "are the model's own, or None"
@@ -219,7 +219,7 @@ def _merged(weight: Any, pair: Adapter, outputs: int, dtype: DTypeLike) -> jax.A
 
     def one(layer: tuple[Any, Any, Any]) -> jax.Array:
         held, a, b = layer
-        whole = layer_of(weight, *held, jnp.float32) if isinstance(weight, Quantized) else held[0]
+        whole = layer_of(weight, held, jnp.float32) if isinstance(weight, Quantized) else held[0]
         layout = None if meshless() else jax.typeof(whole).sharding.spec
         if layout is not None:  # the factors as the weight is split, so that nothing of the update travels
             axes: dict[str, Any] = dict(zip(letters, layout, strict=True))

@@ -92,15 +92,16 @@ def dequantize(model: Qwen3, dtype: DTypeLike | None = None) -> Qwen3:
             continue
         arrays = weight.codes[...], weight.scales[...]
         with on_mesh_of(model):
-            values = jax.jit(lambda arrays, weight=weight: jax.lax.map(lambda one: layer_of(weight, *one, dtype), arrays))(
+            values = jax.jit(lambda arrays, weight=weight: jax.lax.map(lambda one: layer_of(weight, one, dtype), arrays))(
                 arrays
             )
         set_weight(module, name, plain_param(weight, values))
     return model
 
 
-def layer_of(weight: Quantized, codes: jax.Array, scales: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """One layer's matrix, with the axes that it had."""
+def layer_of(weight: Quantized, arrays: tuple[jax.Array, jax.Array], dtype: DTypeLike) -> jax.Array:
+    """One layer's matrix, with the axes that it had, from its codes and scales."""
+    codes, scales = arrays
     return expanded(codes, scales, weight.kind, weight.out, weight.inner, dtype)
 
 
@@ -110,7 +111,7 @@ def plain_param(weight: Quantized, values: jax.Array) -> nnx.Param:
     return param(values, out_sharding=weight.axes, eager_sharding=False)
 
 
-def kind_of(model: Qwen3) -> tuple[str, int] | None:
+def kind_of(model: Qwen3) -> tuple[Any, int] | None:
     """The kind and the block of a model's codes; None of a model of floats."""
     for module, _, name in matrices(model):
         weight, _ = weight_of(module, name)

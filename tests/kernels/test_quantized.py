@@ -76,7 +76,7 @@ def test_a_loop_over_layers_keeps_it_inside(chip):
 
     def loss(x, codes, scales):
         def body(x, layer):
-            return jnp.tanh(x @ dequantize(*layer, "nf4", jnp.bfloat16)), None
+            return jnp.tanh(x @ dequantize(layer[0], layer[1], "nf4", jnp.bfloat16)), None
 
         return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), x, (codes, scales))[0].astype(jnp.float32).sum()
 
