@@ -230,12 +230,12 @@ def _products(
     def grouped(rows: Float[Array, "R _"], matrix: Any) -> Float[Array, "R _"]:
         if not isinstance(matrix, Adapted):
             return product(rows, matrix)
-        low = product(rows, matrix.a)
+        low = matrix.scale * product(rows, matrix.a)
         if matrix.b.ndim == 4:
-            return product(rows, matrix.weight) + matrix.scale * product(low, matrix.b)
+            return product(rows, matrix.weight) + product(low, matrix.b)
         # With the rank before the last axis, as a TPU lays out the array anyway: as the last one it would be padded to 128.
         b = matrix.b.swapaxes(1, 2)
-        return product(rows, matrix.weight) + matrix.scale * pallas_kernels.grouped_matmul(low, b, sizes)
+        return product(rows, matrix.weight) + pallas_kernels.grouped_matmul(low, b, sizes)
 
     gate, up, down = weights
     gated = checkpoint_name(grouped(rows, gate), "moe_gate")
