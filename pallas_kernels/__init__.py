@@ -11,14 +11,17 @@ from pallas_kernels.cast import cast
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.late import load_kernels
 from pallas_kernels.norm_rope import rms_norm, rms_norm_rope
+from pallas_kernels.quantized import dequantize, quantize
 from pallas_kernels.rows import gradient_made_once, rows_matmul
 
 __all__ = [
     "attention",
     "cast",
+    "dequantize",
     "gradient_made_once",
     "grouped_matmul",
     "load_kernels",
+    "quantize",
     "rms_norm",
     "rms_norm_rope",
     "rows_matmul",

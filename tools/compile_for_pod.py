@@ -36,9 +36,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("model", help="a preset, or a folder with a config.json")
     parser.add_argument("--topology", default="v5p:2x2x4", help="CHIP:SHAPE, as v5p:4x4x4")
     parser.add_argument("--slices", type=int, default=1)
+    parser.add_argument("--devices", type=int, help="the topology's first ones alone; 1 is a program of one device")
     parser.add_argument("--mesh", default="fsdp=-1")
     parser.add_argument("--mode", default="train", choices=("train", "lora", "prefill", "decode"))
     parser.add_argument("--rank", type=int, default=16, help="of the adapters in lora")
+    parser.add_argument("--base", default="bfloat16", help="of the frozen matrices in lora: bfloat16, int8, int4, nf4")
+    parser.add_argument("--adapter-dtype", default="float32", help="of adapters and their moments in lora: float32, bfloat16")
     parser.add_argument("--batch", type=int, default=64, help="rows of the whole pod")
     parser.add_argument("--seq", type=int, default=4096, help="tokens of a row; the cache's slots in decode")
     parser.add_argument("--layers", type=int, help="this many of the model's layers")
@@ -105,8 +108,8 @@ def _compile(given: argparse.Namespace, folder: Path | None, start: float) -> in
     slack = {} if given.slack is None else {"slack": given.slack}
     rules = dataclasses.replace(rules, dispatch=dataclasses.replace(rules.dispatch, transport=given.transport, **slack))
     topology = parse_topology(given.topology, given.slices)
-    mesh = make_mesh(given.mesh, slices=given.slices, devices=devices_of(topology))
-    job = Job(config, given.mode, given.batch, given.seq, given.remat, given.rank)
+    mesh = make_mesh(given.mesh, slices=given.slices, devices=devices_of(topology)[: given.devices])
+    job = Job(config, given.mode, given.batch, given.seq, given.remat, given.rank, given.base, given.adapter_dtype)
 
     tracing = time.perf_counter()
     made = lowered(job, mesh, rules)

@@ -110,8 +110,9 @@ def lowered(path: str, name: str, layers: int | None, topology: str | None) -> A
         optimizer,
         mesh,
         rules=rules,
-        param_dtype=jnp.dtype(run.model.param_dtype if run.lora is None else run.lora.base_dtype),
+        param_dtype=jnp.dtype(run.model.param_dtype if run.lora is None else run.lora.float_dtype),
         adapt=lora_config(run),
+        adapter_dtype="float32" if run.lora is None else run.lora.dtype,
         offload=run.optimizer.offload,
     )
     sharding = NamedSharding(mesh, rules.spec("batch", None, mesh=mesh))

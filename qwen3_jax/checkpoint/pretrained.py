@@ -29,6 +29,7 @@ from qwen3_jax.checkpoint.together import Team, team_of
 from qwen3_jax.checkpoint.weights import Form, SavesItself, Weights, check_form, check_memory, stream, write_beside
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.abstract import abstract_model
+from qwen3_jax.model.quantized import QuantizedParam
 from qwen3_jax.model.transformer import Qwen3
 from qwen3_jax.parallel.mesh import mesh_of
 from qwen3_jax.parallel.rules import RULES, Rules
@@ -105,16 +106,16 @@ def filled(weights: Weights, stacked: Mapping[str, np.dtype]) -> dict[str, jax.A
 
     Args:
         weights: where from.
-        stacked: the dtype of each parameter, by its path.
+        stacked: the dtype of each parameter that is wanted, by its path.
 
     Returns:
-        The parameters by their paths.
+        These parameters by their paths.
 
     Raises:
         CheckpointError: as of `stream`.
     """
     whole: dict[str, jax.Array] = {}
-    order = weights.slots()
+    order = [slot for slot in weights.slots() if slot.path in stacked]
     for block in stream(weights, order, {slot.name: stacked[slot.path] for slot in order}, "reading"):
         slot, values = block.slot, block.values
         if len(values) == slot.shape[0]:
@@ -163,7 +164,7 @@ def save_pretrained(
     files are the same to the byte as those of one device.
 
     Args:
-        model: any Qwen3 without adapters.
+        model: any Qwen3 without adapters, its matrices floats.
         folder: where; parents are made.
         tokenizer: writes its own files beside the weights.
         dtype: bfloat16, float16 or float32; None is each parameter's own.
@@ -173,12 +174,16 @@ def save_pretrained(
 
     Raises:
         CheckpointError: the destination is not empty or cannot be replaced, its disk too small, or an argument refused; another
-            process of the mesh has failed; the model has adapters.
+            process of the mesh has failed; the model has adapters, or matrices in codes.
     """
     check_form(to)
     check_shard_bytes(max_shard_bytes)
     if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
         raise CheckpointError("the model has adapters, for which a checkpoint has no place: accepted is `merge(model)`")
+    if jax.tree.leaves(nnx.state(model, QuantizedParam)):
+        raise CheckpointError(
+            "the model's matrices are codes, for which a checkpoint has no place: accepted is `dequantize(model)`"
+        )
     folder, mesh = Path(folder), mesh_of(model)
     team, weights = team_of(mesh), in_memory(model)
     dtypes = weights.dtypes if dtype is None else dict.fromkeys(weights.dtypes, float_dtype("dtype", dtype))

@@ -51,16 +51,16 @@ def load(weights: Weights, shapes: Mapping[str, jax.ShapeDtypeStruct], team: Tea
 
     Args:
         weights: where from.
-        shapes: of each parameter, by its path, with its dtype and its NamedSharding.
+        shapes: of each parameter that is wanted, by its path, with its dtype and its NamedSharding.
         team: the processes of the mesh, every one of which calls this.
 
     Returns:
-        The parameters; rows that pad the vocabulary are zero.
+        These parameters; rows that pad the vocabulary are zero.
 
     Raises:
         CheckpointError: as of `Weights.read_box`, of this or another process.
     """
-    units = _units(weights.slots())
+    units = {unit: parts for unit, parts in _units(weights.slots()).items() if unit[0] in shapes}
     ways = {unit: _way(unit, shapes[unit[0]]) for unit in units}
     shares = [
         Share(unit, box, devices)

@@ -29,6 +29,10 @@ class Options:
     """What is done with the model; lora trains adapters on every matrix of attention, MLPs and experts."""
     rank: int = 16
     """Of the adapters, in mode lora."""
+    base: Literal["bfloat16", "int8", "int4", "nf4"] = "bfloat16"
+    """What the frozen matrices are kept in, in mode lora."""
+    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of adapters, their gradients and moments, in mode lora."""
     mesh: tuple[str, ...] = ()
     """Meshes to compile, "fsdp=8,expert=2", in place of the most promising ones."""
     rule: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -78,7 +82,8 @@ def main(argv: Sequence[str]) -> int:
 
     folder = Path(options.model)
     config = Qwen3Config.from_hf(folder) if folder.is_dir() else Qwen3Config.preset(options.model)
-    job = Job(config, options.mode, options.batch, options.seq, options.remat, options.rank)
+    work = (options.mode, options.batch, options.seq, options.remat, options.rank, options.base, options.adapter_dtype)
+    job = Job(config, *work)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.width = max(console.width, WIDEST)  # rows that a narrow terminal breaks are better than figures cut off
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())

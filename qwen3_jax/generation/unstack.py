@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 
 from qwen3_jax.model.param import ExpertParam
+from qwen3_jax.model.quantized import QuantizedParam
 from qwen3_jax.model.transformer import Layer, Qwen3
 from qwen3_jax.parallel.mesh import mesh_of
 from qwen3_jax.parallel.rules import meshless
@@ -24,8 +25,12 @@ def unstack(model: Qwen3) -> list[Layer]:
     Returns:
         A Layer for each layer of the network, in order.
     """
-    # Without the barrier the compiler moves the slices back into the token loop.
-    return _layers(model, lambda leaf, repeat: jax.lax.optimization_barrier(leaf[repeat].astype(model.dtype)))
+
+    def slice_of(leaf: jax.Array, repeat: int, coded: bool) -> jax.Array:
+        # Without the barrier the compiler moves the slices back into the token loop.
+        return jax.lax.optimization_barrier(leaf[repeat] if coded else leaf[repeat].astype(model.dtype))
+
+    return _layers(model, slice_of)
 
 
 def views(model: Qwen3) -> list[Layer] | None:
@@ -50,7 +55,7 @@ def views(model: Qwen3) -> list[Layer] | None:
     # such an array, and want the interpreter for it. All at once: one by one it takes three times as long.
     placed = iter(jax.device_put(slices, next(iter(stacked[0].devices())), may_alias=True))
     by_leaf = {id(leaf): [next(placed) for _ in range(leaf.shape[0])] for leaf in stacked}
-    return _layers(model, lambda leaf, repeat: by_leaf[id(leaf)][repeat])
+    return _layers(model, lambda leaf, repeat, coded: by_leaf[id(leaf)][repeat])
 
 
 def on_cpu(model: Qwen3) -> bool:
@@ -64,11 +69,12 @@ def on_cpu(model: Qwen3) -> bool:
     return mesh_of(model) is None and all(device.platform == "cpu" for device in weight.devices())
 
 
-def _layers(model: Qwen3, slice_of: Callable[[jax.Array, int], jax.Array]) -> list[Layer]:
+def _layers(model: Qwen3, slice_of: Callable[[jax.Array, int, bool], jax.Array]) -> list[Layer]:
     layers = []
     for unit, segment in zip(model.segments, model.config.segments(), strict=True):
-        graph, experts, rest = nnx.split(unit, ExpertParam, ...)
+        graph, experts, coded, rest = nnx.split(unit, ExpertParam, QuantizedParam, ...)
         for repeat in range(segment.repeats):
-            sliced = jax.tree.map(lambda leaf, repeat=repeat: slice_of(leaf, repeat), rest)
-            layers += [Layer(block, repeat) for block in nnx.merge(graph, experts, sliced).blocks]
+            sliced = jax.tree.map(lambda leaf, repeat=repeat: slice_of(leaf, repeat, False), rest)
+            codes = jax.tree.map(lambda leaf, repeat=repeat: slice_of(leaf, repeat, True), coded)
+            layers += [Layer(block, repeat) for block in nnx.merge(graph, experts, codes, sliced).blocks]
     return layers

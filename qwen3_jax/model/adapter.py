@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qwen3_jax.model.param import ExpertParam
+from qwen3_jax.model.quantized import Quantized, axes_of, stacked_axes
 from qwen3_jax.parallel.rules import placed, spec
 
 
@@ -22,7 +23,16 @@ class Adapter(nnx.Module):
     multiplied in the dtype of the layer's input, one after the other: the update itself is never made.
     """
 
-    def __init__(self, weight: nnx.Param, outputs: int, *, rank: int, scale: float, key: jax.Array, param_dtype: DTypeLike):
+    def __init__(
+        self,
+        weight: nnx.Param | Quantized,
+        outputs: int,
+        *,
+        rank: int,
+        scale: float,
+        key: jax.Array,
+        param_dtype: DTypeLike,
+    ):
         """Factors that begin as PEFT's do: a uniform within 1 / sqrt(in), b 0, so that the update begins at 0.
 
         Args:
@@ -33,9 +43,10 @@ class Adapter(nnx.Module):
             key: PRNG key.
             param_dtype: storage dtype.
         """
-        shape, axes = weight.shape, weight.get_metadata("out_sharding")
-        kind = ExpertLoRAParam if isinstance(weight, ExpertParam) else nnx.LoRAParam
-        stacked = sum(axis in ("layers", "experts") for axis in axes)
+        shape, axes = weight.shape, axes_of(weight)
+        held = weight.codes if isinstance(weight, Quantized) else weight
+        kind = ExpertLoRAParam if isinstance(held, ExpertParam) else nnx.LoRAParam
+        stacked = stacked_axes(axes)
         inner = stacked + outputs
         self.scale = scale
         bound = 1 / math.sqrt(math.prod(shape[inner:]))

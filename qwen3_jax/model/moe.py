@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.mlp import Projection
 from qwen3_jax.model.param import ExpertParam, normal_param
-from qwen3_jax.parallel.expert_weights import Adapted
+from qwen3_jax.model.quantized import Quantized
+from qwen3_jax.parallel.expert_weights import Adapted, Coded
 from qwen3_jax.parallel.experts import apply_experts
 
 
@@ -43,7 +44,7 @@ class MoE(nnx.Module):
 
     `gate`, `up` and `down` may also hold the stack of all layers, [L, E, ...]: the call then names its layer, and the grouped
     matmul reads that layer's experts where they lie. `gate_lora`, `up_lora` and `down_lora` are None, or the Adapters that
-    qwen3_jax.tune.lora attaches: a pair per expert.
+    qwen3_jax.tune.lora attaches: a pair per expert. In place of the matrices there may be Quantized ones.
     """
 
     def __init__(self, config: Qwen3Config, key: jax.Array, *, param_dtype: DTypeLike):
@@ -57,9 +58,9 @@ class MoE(nnx.Module):
         def experts(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
             return normal_param(key, shape, axes, stddev=stddev, dtype=param_dtype, kind=ExpertParam)
 
-        self.gate = experts(keys[1], (e, f, d), ("experts", "mlp", "embed"))
-        self.up = experts(keys[2], (e, f, d), ("experts", "mlp", "embed"))
-        self.down = experts(keys[3], (e, d, f), ("experts", "embed", "mlp"))
+        self.gate: nnx.Param | Quantized = experts(keys[1], (e, f, d), ("experts", "mlp", "embed"))
+        self.up: nnx.Param | Quantized = experts(keys[2], (e, f, d), ("experts", "mlp", "embed"))
+        self.down: nnx.Param | Quantized = experts(keys[3], (e, d, f), ("experts", "embed", "mlp"))
         self.gate_lora, self.up_lora, self.down_lora = nnx.data(None), nnx.data(None), nnx.data(None)
 
     def __call__(
@@ -99,6 +100,10 @@ class MoE(nnx.Module):
         return probabilities, weights, experts
 
 
-def _matrix(weight: nnx.Param, lora: Any) -> Any:
+def _matrix(weight: nnx.Param | Quantized, lora: Any) -> Any:
     """A matrix as the dispatch takes it."""
-    return weight[...] if lora is None else Adapted(weight[...], lora.a[...], lora.b[...], lora.scale)
+    if isinstance(weight, Quantized):
+        matrix = Coded(weight.codes[...], weight.scales[...], weight.kind)
+    else:
+        matrix = weight[...]
+    return matrix if lora is None else Adapted(matrix, lora.a[...], lora.b[...], lora.scale)

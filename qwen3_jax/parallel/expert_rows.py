@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
-from qwen3_jax.parallel.expert_weights import Adapted, Weights
+from qwen3_jax.parallel.expert_weights import Adapted, Coded, Weights, decoded
 
 Sums = list[Any]  # for each array of the weights a sum, or None
 WIDENED = 2**26  # bytes of rows that may be widened at once: 64 MiB
@@ -221,22 +221,35 @@ def _products(
 ) -> Float[Array, "R D"]:
     """Each row through its expert, its hidden states times a weight of its own if there is one."""
 
-    def product(rows: Float[Array, "R _"], weight: Float[Array, "..."]) -> Float[Array, "R _"]:
+    def product(rows: Float[Array, "R _"], weight: Any) -> Float[Array, "R _"]:
+        if isinstance(weight, Coded):
+            return _from_codes(rows, weight, sizes, layer)
         stack_layer = layer if weight.ndim == 4 else None
         return pallas_kernels.grouped_matmul(rows, weight, sizes, layer=stack_layer, transpose_rhs=True)
 
     def grouped(rows: Float[Array, "R _"], matrix: Any) -> Float[Array, "R _"]:
         if not isinstance(matrix, Adapted):
             return product(rows, matrix)
-        low = product(rows, matrix.a)
+        low = matrix.scale * product(rows, matrix.a)
         if matrix.b.ndim == 4:
-            return product(rows, matrix.weight) + matrix.scale * product(low, matrix.b)
+            return product(rows, matrix.weight) + product(low, matrix.b)
         # With the rank before the last axis, as a TPU lays out the array anyway: as the last one it would be padded to 128.
         b = matrix.b.swapaxes(1, 2)
-        return product(rows, matrix.weight) + matrix.scale * pallas_kernels.grouped_matmul(low, b, sizes)
+        return product(rows, matrix.weight) + pallas_kernels.grouped_matmul(low, b, sizes)
 
     gate, up, down = weights
     gated = checkpoint_name(grouped(rows, gate), "moe_gate")
     upped = checkpoint_name(grouped(rows, up), "moe_up")
     hidden = jax.nn.silu(gated) * upped
     return grouped(hidden if weight is None else hidden * weight[:, None], down)
+
+
+def _from_codes(rows: Float[Array, "R _"], matrix: Coded, sizes: Int[Array, " E"], layer: Any) -> Float[Array, "R _"]:
+    """The product with matrices that are made here, and again in the backward pass: what is kept for it is codes."""
+    if matrix.codes.ndim == 4:
+        matrix = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), matrix)
+
+    def run(rows: Array, matrix: Coded) -> Array:
+        return pallas_kernels.grouped_matmul(rows, decoded(matrix, rows.dtype), sizes, transpose_rhs=True)
+
+    return jax.checkpoint(run, prevent_cse=False)(rows, matrix)

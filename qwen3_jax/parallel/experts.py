@@ -28,7 +28,7 @@ from qwen3_jax.config import Qwen3Config
 from qwen3_jax.parallel import transports
 from qwen3_jax.parallel.dispatch import Choice, Work, choose, speeds_of
 from qwen3_jax.parallel.expert_rows import Sums, local_experts, visit, visit_back
-from qwen3_jax.parallel.expert_weights import WEIGHT_AXES, Weights, array_axes
+from qwen3_jax.parallel.expert_weights import WEIGHT_AXES, Weights, array_axes, decoded, decoded_places, is_coded, rows_of
 from qwen3_jax.parallel.fit import check_batch, fitted
 from qwen3_jax.parallel.rules import RULES, Rules, active_rules, meshless
 
@@ -45,8 +45,8 @@ def apply_experts(
     """Every token through its experts, weighted and summed.
 
     Args:
-        weights: gate and up [E, F, D], down [E, D, F], each an array or an Adapted; or the stacks of all layers with a leading
-            L.
+        weights: gate and up [E, F, D], down [E, D, F], each an array, a Coded or an Adapted; or the stacks of all layers with
+            a leading L.
         x: tokens.
         routing: weight of each of a token's experts, float32.
         ids: the experts, 0 <= id < E.
@@ -79,6 +79,7 @@ class Layout:
         everywhere: all axes.
         shards: of the experts.
         stacked: whether the weights have a leading L.
+        coded: whether there are codes among them.
         choice: how tokens travel.
     """
 
@@ -93,6 +94,7 @@ class Layout:
     everywhere: tuple[str, ...]
     shards: int
     stacked: bool
+    coded: bool
     choice: Choice
 
     def travel(self, visit: transports.Visit, per_shard: int, chunk: Any, state: Any) -> tuple[Any, Any]:
@@ -177,7 +179,7 @@ def _layout(rules: Rules, mesh: Mesh | AbstractMesh, weights: Any, x: Any, top_k
         tokens=math.prod(x.shape[:2]) // parts(over),
         top_k=top_k,
         embed=x.shape[2],
-        width=gate.shape[-2] // parts(width),
+        width=rows_of(weights[0]) // parts(width),
         experts=gate.shape[-3] // parts(experts),
         itemsize=x.dtype.itemsize,
     )
@@ -195,6 +197,7 @@ def _layout(rules: Rules, mesh: Mesh | AbstractMesh, weights: Any, x: Any, top_k
         everywhere=mesh.axis_names,
         shards=work.shards,
         stacked=stacked,
+        coded=is_coded(weights),
         choice=choice,
     )
 
@@ -214,10 +217,10 @@ def _on_mesh(layout: Layout, weights: list[Any], x: Any, routing: Any, ids: Any,
 
 def _forward(layout: Layout, weights: list[Any], x: Any, routing: Any, ids: Any, layer: Any) -> tuple[Any, Any]:
     # Nothing to gather: the grouped matmul reads its layer from the stack where it lies.
-    in_place = layout.stacked and not layout.embed
-    whole = weights if in_place else _gathered(layout, weights, layer, x.dtype)
-    per_shard, choice = whole[0].shape[-3], layout.choice
-    first, matrices = _first_expert(layout, per_shard), layout.matrices.unflatten(whole)
+    in_place = layout.stacked and not layout.embed and not layout.coded
+    matrices = layout.matrices.unflatten(weights) if in_place else _gathered(layout, weights, layer, x.dtype)
+    per_shard, choice = weights[0].shape[-3], layout.choice
+    first = _first_expert(layout, per_shard)
 
     def at_experts(done: Any, chunk: tuple[Any, Any]) -> tuple[Any, Any]:
         x, picks = chunk
@@ -269,9 +272,10 @@ def _gradients(
     layer: Any,
     d_out: Any,
 ) -> tuple[Any, ...]:
-    whole = _gathered(layout, weights, layer, x.dtype)
+    matrices = _gathered(layout, weights, layer, x.dtype)
+    whole, places = jax.tree.leaves(matrices), decoded_places(layout.matrices, len(weights))
     per_shard, choice = whole[0].shape[0], layout.choice
-    first, matrices = _first_expert(layout, per_shard), layout.matrices.unflatten(whole)
+    first = _first_expert(layout, per_shard)
 
     def at_experts(d_whole: Sums, chunk: tuple[Any, ...]) -> tuple[Sums, tuple[Any, Any]]:
         x, picks, d_out = chunk
@@ -282,14 +286,14 @@ def _gradients(
     chunk = (x.reshape(-1, x.shape[-1]), _packed(routing, ids), d_out.reshape(-1, x.shape[-1]))
     # Sums over visits in float32; each visit's own gradient is in the compute dtype.
     zero = [
-        jnp.zeros(weight.shape, jnp.promote_types(weight.dtype, jnp.float32)) if trained else None
-        for weight, trained in zip(whole, wanted, strict=True)
+        jnp.zeros(weight.shape, jnp.promote_types(weight.dtype, jnp.float32)) if wanted[place] else None
+        for weight, place in zip(whole, places, strict=True)
     ]
     (d_x, d_routing), d_whole = layout.travel(at_experts, per_shard, chunk, zero)
     d_x, d_routing = _summed(d_x, layout.width), _summed(d_routing, layout.width)
     d_weights = [
-        _scattered(layout, part, weight, names, layer)
-        for part, weight, names in zip(d_whole, weights, layout.names, strict=True)
+        _scattered(layout, part, weights[place], layout.names[place], layer)
+        for part, place in zip(d_whole, places, strict=True)
         if part is not None
     ]
     return d_weights, d_x.astype(x.dtype).reshape(x.shape), d_routing.reshape(routing.shape).astype(routing.dtype)
@@ -306,18 +310,24 @@ def _picks(packed: Any, first: Any) -> tuple[Any, Any]:
     return routing, ids.astype(jnp.int32) - 1 - first
 
 
-def _gathered(layout: Layout, weights: list[Any], layer: Any, dtype: Any) -> list[Any]:
-    """This shard's experts, whole along the embed axis, in the compute dtype."""
+def _gathered(layout: Layout, weights: list[Any], layer: Any, dtype: Any) -> Any:
+    """This shard's matrices, whole along the embed axis, in the compute dtype; what travels of coded ones is codes."""
+    places = decoded_places(layout.matrices, len(weights))
 
-    def one(weight: Any, names: tuple[str, ...]) -> Any:
+    def one(place: int, weight: Any, names: tuple[str, ...]) -> Any:
         if layout.stacked:
             weight = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
-        weight = pallas_kernels.cast(weight, dtype)  # a plain conversion would be one of all layers
+        if place in places and jnp.issubdtype(weight.dtype, jnp.floating):  # neither codes nor scales
+            # By a kernel, with whole lanes: a plain conversion would be one of all layers.
+            turned = names[-1] == "rank"
+            weight = pallas_kernels.cast(weight.swapaxes(-1, -2) if turned else weight, dtype)
+            weight = weight.swapaxes(-1, -2) if turned else weight
         if not layout.embed or "embed" not in names:
             return weight
         return jax.lax.all_gather(weight, layout.embed, axis=names.index("embed"), tiled=True)
 
-    return [one(weight, names) for weight, names in zip(weights, layout.names, strict=True)]
+    whole = [one(place, weight, names) for place, (weight, names) in enumerate(zip(weights, layout.names, strict=True))]
+    return decoded(layout.matrices.unflatten(whole), dtype)
 
 
 def _scattered(layout: Layout, d_whole: Any, weight: Any, names: tuple[str, ...], layer: Any) -> Any:

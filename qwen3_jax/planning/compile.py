@@ -94,6 +94,8 @@ def _request(job: Job, topology: Topology, candidate: Candidate) -> dict:
         "seq": job.seq,
         "remat": job.remat,
         "rank": job.rank,
+        "base": job.base,
+        "adapter_dtype": job.adapter_dtype,
         "topology": topology.name,
         "slices": topology.slices,
         "mesh": candidate.wish,

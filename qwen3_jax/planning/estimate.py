@@ -139,7 +139,8 @@ def device_traffic(job: Job, cut: Shares) -> tuple[Traffic, ...]:
     for name, count in vars(parameters(job, cut)).items():
         axes, alike, arrays = cut.gathered[name], cut.alike[name], ARRAYS[name] * (1 if name == "words" else layers)
         others, same = cut.devices(axes) - 1, cut.devices(alike)
-        together("all-gather", axes, "weights", again * HALF * count * others, again * arrays)
+        kept = job.frozen_bytes(name) if job.adapts else HALF  # codes travel as they are
+        together("all-gather", axes, "weights", again * kept * count * others, again * arrays)
         if job.mode == "train":
             together("reduce-scatter", axes, "gradients", FLOAT * count * others, arrays)
             together("all-reduce", alike, "gradients", 2 * FLOAT * count * (same - 1) / same, arrays)
@@ -209,8 +210,8 @@ def _dispatched(job: Job, cut: Shares) -> list[Traffic]:
 def device_memory(job: Job, cut: Shares) -> dict[str, float]:
     """Bytes that a step needs at most.
 
-    weights: float32 in training, else bfloat16; in lora bfloat16 and float32 adapters, of which alone there are the next two.
-    optimizer: two float32 moments. gradients: float32. cache: 2 L b K S H in
+    weights: float32 in training, else bfloat16; in lora bfloat16 or codes, and adapters, of which alone there are the next two,
+    in their dtype. optimizer: two moments, float32 in training. gradients: likewise. cache: 2 L b K S H in
     bfloat16. activations: each layer's input, t D in bfloat16; without remat all that its products read. working: one layer
     whole along embed, in bfloat16 and its gradient in float32; its rows, 2 D + 3 F / mlp for each that the experts' buffers
     hold and 2 D for each token that is there, D + 3 F / mlp a token for a dense MLP, twice in training; a block of logits
@@ -241,11 +242,15 @@ def device_memory(job: Job, cut: Shares) -> dict[str, float]:
     saved = HALF * t * d * layers if job.remat != "none" else of_layer * layers
     pairs = sum(factors.total for factors in adapters(job, cut).values())
     trained = pairs if job.adapts else held.total if job.trains else 0.0
-    frozen = held.total if trained != held.total else 0.0
+    size = job.adapter_bytes if job.adapts else FLOAT
+    if job.adapts:
+        frozen = sum(job.frozen_bytes(kind) * count for kind, count in vars(held).items())
+    else:
+        frozen = 0.0 if job.trains else HALF * held.total
     return {
-        "weights": FLOAT * trained + HALF * frozen,
-        "optimizer": 2 * FLOAT * trained,
-        "gradients": FLOAT * trained,
+        "weights": size * trained + frozen,
+        "optimizer": 2 * size * trained,
+        "gradients": size * trained,
         "cache": cache_bytes(job, cut),
         "activations": saved if job.trains else 0.0,
         "working": (2 if job.trains else 1) * of_layer + (HALF + FLOAT if job.mode == "train" else HALF) * layer + logits,

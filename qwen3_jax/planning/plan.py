@@ -103,6 +103,8 @@ def record(plan: Plan) -> dict[str, Any]:
         "seq": job.seq,
         "remat": job.remat if job.trains else None,
         "rank": job.rank if job.adapts else None,
+        "base": job.base if job.adapts else None,
+        "adapter_dtype": job.adapter_dtype if job.adapts else None,
         "topology": topology.name,
         "slices": topology.slices,
         "chips": topology.chips,

@@ -51,10 +51,11 @@ def lowered(job: Job, mesh: Mesh, rules: Rules = RULES) -> Lowered:
 
 
 def _training(job: Job, mesh: Mesh, rules: Rules) -> Lowered:
-    adapt = LoraConfig(rank=job.rank) if job.adapts else None
+    adapt = LoraConfig(rank=job.rank, base=None if job.base == "bfloat16" else job.base) if job.adapts else None
     optimizer = adamw(1e-4)
     param_dtype = jnp.bfloat16 if job.adapts else jnp.float32
-    state = abstract_train_state(job.config, optimizer, mesh, rules=rules, param_dtype=param_dtype, adapt=adapt)
+    options: dict[str, Any] = dict(rules=rules, param_dtype=param_dtype, adapt=adapt, adapter_dtype=job.adapter_dtype)
+    state = abstract_train_state(job.config, optimizer, mesh, **options)
     shape = (job.batch, job.seq)
     batch = Batch(
         tokens=_rows(mesh, rules, shape, jnp.int32),

@@ -75,7 +75,7 @@ def _weights(job: Job, cut: Shares) -> float:
     float32), read to be cast, written; what is gathered is read and written once more. Gradients are written and read in
     float32, reduced over devices that hold the same weights (read and written), and put into the stack (read and written). The
     optimizer reads and writes weight and two moments and reads the gradient, the norm of all gradients reads it before. In
-    lora all that is of the adapters, and a frozen layer is twice read and written in bfloat16.
+    lora all that is of the adapters, and a frozen layer is twice read as it is kept and written in bfloat16.
     """
     held = parameters(job, cut)
     used = held.whole(cut)
@@ -87,7 +87,7 @@ def _weights(job: Job, cut: Shares) -> float:
         if kind != "experts":
             total += HALF * passes(job) * whole + (2 * FLOAT * whole if job.mode == "train" else 0.0)
         if job.adapts:
-            total += 2 * HALF * (kept + whole)
+            total += 2 * (job.frozen_bytes(kind) * kept + HALF * whole)
         elif job.trains:
             total += 2 * (3 * FLOAT + HALF) * kept + 2 * FLOAT * kept
             total += 2 * HALF * (kept + whole) if cut.gathered[kind] else 0.0

@@ -24,15 +24,16 @@ def compiled_figures(request: dict) -> dict:
     """Lower and compile one candidate, and read what the compiler says.
 
     Args:
-        request: config (as config.json), mode, batch, seq, remat, rank, topology, slices, mesh (a wish), rules (all
-            rows that may differ from RULES).
+        request: config (as config.json), mode, batch, seq, remat, rank, base, adapter_dtype, topology, slices, mesh (a wish),
+            rules (all rows that may differ from RULES).
 
     Returns:
         arguments (category -> bytes of a device), seconds (of tracing and compiling), and one of: program (a Program's fields);
         needed and available bytes of one that does not fit; reason of one that fails.
     """
     config = Qwen3Config.from_hf(request["config"])
-    job = Job(config, request["mode"], request["batch"], request["seq"], request["remat"], request["rank"])
+    options = {name: request[name] for name in ("mode", "batch", "seq", "remat", "rank", "base", "adapter_dtype")}
+    job = Job(config, **options)
     topology = parse_topology(request["topology"], request["slices"])
     start = time.monotonic()
     try:

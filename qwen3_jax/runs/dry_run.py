@@ -13,7 +13,7 @@ from qwen3_jax.planning.shares import shares
 from qwen3_jax.planning.topology import parse_topology
 from qwen3_jax.runs.models import model_config
 from qwen3_jax.runs.parts import rules_of
-from qwen3_jax.runs.schema import OptimizerSection, Run, StageSection
+from qwen3_jax.runs.schema import Run, StageSection
 from qwen3_jax.runs.toml import RunError
 
 GB = 1e9
@@ -76,7 +76,8 @@ def stage_job(run: Run, stage: StageSection) -> Job:
     rows = stage.batch // stage.accumulation
     if run.lora is None:
         return Job(config, "train", rows, stage.seq, run.step.remat)
-    return Job(config, "lora", rows, stage.seq, run.step.remat, rank=run.lora.rank)
+    base = run.lora.codes or "bfloat16"
+    return Job(config, "lora", rows, stage.seq, run.step.remat, run.lora.rank, base, run.lora.dtype)
 
 
 def dry_run(run: Run, devices: int | None = None) -> Need:
@@ -105,18 +106,22 @@ def dry_run(run: Run, devices: int | None = None) -> Need:
         job = stage_job(run, stage)
         cut = shares(job, mesh, rules)
         memory = device_memory(job, cut)
-        memory["optimizer"] *= _share_of_two_moments(run.optimizer)
+        memory["optimizer"] *= _share_of_two_moments(run)
         found.append(StageNeed(name, stage.tokens, stage.steps, job.batch / cut.batch, memory))
     hbm = None if topology is None else topology.chip.hbm
     return Need(sizes, count, hbm, model_config(run.model).num_params(), tuple(found))
 
 
-def _share_of_two_moments(optimizer: OptimizerSection) -> float:
-    """What lies on a device of an optimizer's state, over two moments in float32; Muon has one of all but a few parameters."""
+def _share_of_two_moments(run: Run) -> float:
+    """What lies on a device of an optimizer's state, over two moments in the dtype of what is trained.
+
+    That is float32, or of adapters their own. The first has a dtype to itself; Muon has one of all but a few parameters.
+    """
+    optimizer, size = run.optimizer, 2 if run.lora is not None and run.lora.dtype == "bfloat16" else 4
     if optimizer.offload:
         return 0.0
     first = 2 if optimizer.moment_dtype == "bfloat16" else 4
-    return (first + (4 if optimizer.name == "adamw" else 0)) / 8
+    return (first + (size if optimizer.name == "adamw" else 0)) / (2 * size)
 
 
 def need_tables(run: Run, need: Need) -> Sequence[Table]:

@@ -90,7 +90,7 @@ def rules_of(run: Run) -> Rules:
 
 def lora_config(run: Run) -> LoraConfig | None:
     """The adapters of a run; None where all parameters are trained."""
-    return None if run.lora is None else LoraConfig(rank=run.lora.rank, alpha=run.lora.alpha)
+    return None if run.lora is None else LoraConfig(rank=run.lora.rank, alpha=run.lora.alpha, base=run.lora.codes)
 
 
 def stage_config(config: Qwen3Config, stage: StageSection) -> Qwen3Config:

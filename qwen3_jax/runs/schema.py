@@ -177,8 +177,20 @@ class LoraSection(Section):
     """Of each pair."""
     alpha: float = 32.0
     """The pair's product is multiplied by alpha / rank."""
-    base_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the frozen base."""
+    base_dtype: Literal["bfloat16", "float32", "int8", "int4", "nf4"] = "bfloat16"
+    """Of the frozen base; int8, int4 and nf4 are codes of its matrices, in blocks of 64, and all else is bfloat16."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of adapters, their gradients and moments."""
+
+    @property
+    def codes(self) -> Literal["int8", "int4", "nf4"] | None:
+        """What the base's matrices are kept in, if not floats."""
+        return None if self.base_dtype in ("bfloat16", "float32") else self.base_dtype
+
+    @property
+    def float_dtype(self) -> str:
+        """Of all of the base that is kept in floats."""
+        return "bfloat16" if self.codes else self.base_dtype
 
 
 @dataclasses.dataclass(frozen=True)

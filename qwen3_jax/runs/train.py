@@ -161,9 +161,11 @@ def _begin(
     said: Callable[[str], None],
 ) -> tuple[Any, Progress]:
     """The newest checkpoint that can be read, or a new state."""
-    param_dtype = jnp.dtype(run.model.param_dtype if run.lora is None else run.lora.base_dtype)
+    param_dtype = jnp.dtype(run.model.param_dtype if run.lora is None else run.lora.float_dtype)
     if checkpoints.steps():
         options: dict[str, Any] = dict(rules=rules, param_dtype=param_dtype, adapt=lora_config(run))
+        if run.lora is not None:
+            options["adapter_dtype"] = run.lora.dtype
         like = abstract_train_state(config, optimizer, mesh, offload=run.optimizer.offload, **options)
         found = checkpoints.restore(like)
         if found is not None:
@@ -199,21 +201,27 @@ def _say_changes(run: Run, saved: Mapping[str, Any], said: Callable[[str], None]
 
 def _model(run: Run, config: Qwen3Config, mesh: Mesh, rules: Rules) -> Qwen3:
     """The model before the first step, on the mesh."""
-    section = run.model
-    dtype, param_dtype = jnp.dtype(section.compute_dtype), jnp.dtype(section.param_dtype)
-    if run.lora is not None:
-        param_dtype = jnp.dtype(run.lora.base_dtype)
+    section, lora = run.model, run.lora
+    dtype, param_dtype = jnp.dtype(section.compute_dtype), jnp.dtype(section.param_dtype if lora is None else lora.float_dtype)
     if section.folder is not None and section.weights == "folder":
-        from qwen3_jax.checkpoint.pretrained import from_pretrained
+        options: dict[str, Any] = dict(mesh=mesh, dtype=dtype, param_dtype=param_dtype, rules=rules)
+        if lora is not None and lora.codes is not None:
+            from qwen3_jax.tune.pretrained import from_pretrained_in_codes
 
-        model = from_pretrained(section.folder, mesh=mesh, dtype=dtype, param_dtype=param_dtype, rules=rules)
+            model = from_pretrained_in_codes(section.folder, lora.codes, **options)
+        else:
+            from qwen3_jax.checkpoint.pretrained import from_pretrained
+
+            model = from_pretrained(section.folder, **options)
     else:
         with jax.set_mesh(mesh):
             model = jax.jit(
                 lambda key: Qwen3(config, rngs=nnx.Rngs(params=key), dtype=dtype, param_dtype=param_dtype, rules=rules)
             )(jax.random.key(run.seed))
     adapt = lora_config(run)
-    return model if adapt is None else attach(model, adapt, jax.random.key(run.seed))
+    if adapt is None or lora is None:
+        return model
+    return attach(model, adapt, jax.random.key(run.seed), param_dtype=jnp.dtype(lora.dtype))
 
 
 def _stage(run: Run, name: str, stage: StageSection, config: Qwen3Config, mesh: Mesh, rules: Rules, optimizer: Any) -> Stage:

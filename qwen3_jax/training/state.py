@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.abstract import abstract_model
+from qwen3_jax.model.quantized import QuantizedParam
 from qwen3_jax.model.transformer import Qwen3
 from qwen3_jax.parallel.mesh import MeshError, mesh_of, on_mesh_of, said
 from qwen3_jax.parallel.rules import RULES, Rules
@@ -86,11 +87,13 @@ def init_train_state(
         The state.
 
     Raises:
-        ValueError: the model has none of these parameters.
+        ValueError: the model has none of these parameters, or codes among them.
     """
     params, frozen = nnx.state(model, trainable, nnx.Param)
     if not jax.tree.leaves(params):
         raise ValueError(f"the model has no {trainable.__name__}: accepted is one that has what is to be trained")
+    if jax.tree.leaves(nnx.state(params, QuantizedParam)):
+        raise ValueError("the model's matrices are codes, which are frozen: accepted is trainable=nnx.LoRAParam")
     with on_mesh_of(params):
         opt_state = jax.jit(optimizer.init)(params)
         return TrainState(
@@ -110,6 +113,7 @@ def abstract_train_state(
     rules: Rules = RULES,
     param_dtype: DTypeLike = jnp.float32,
     adapt: Adapt | None = None,
+    adapter_dtype: DTypeLike = jnp.float32,
     offload: bool = False,
 ) -> TrainState:
     """A state of shapes: to lower a step for devices that are not there, or to be restored into.
@@ -121,6 +125,7 @@ def abstract_train_state(
         rules: which mesh axes split what.
         param_dtype: of the model's parameters; of those that are frozen, where there are adapters.
         adapt: a LoraConfig: its adapters alone are trained.
+        adapter_dtype: theirs.
         offload: the optimizer's state is in host memory.
 
     Returns:
@@ -131,6 +136,10 @@ def abstract_train_state(
     """
     model = abstract_model(config, mesh, rules=rules, param_dtype=param_dtype, adapt=adapt)
     params, frozen = nnx.state(model, nnx.Param if adapt is None else nnx.LoRAParam, nnx.Param)
+    if adapt is not None:
+        params = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(adapter_dtype), sharding=leaf.sharding), params
+        )
 
     def on_mesh(tree: Any) -> Any:
         # Shapes name an abstract mesh; those that name none are whole on each device.

@@ -1,4 +1,4 @@
-"""LoRA: a pair of low rank beside each matrix of attention, MLP and experts; the model itself stays frozen.
+"""LoRA: a pair of low rank beside each matrix of attention, MLP and experts; the model itself stays frozen, in codes if wanted.
 
 Router, norms, embeddings and the output table have none: a router that learns sends tokens elsewhere while its experts learn
 for them, and a row of a table is read by few tokens.
@@ -6,28 +6,23 @@ for them, and a row of a table is read by few tokens.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from qwen3_jax.checks import ConfigError, above, at_least, check_fields, shown
 from qwen3_jax.model.adapter import Adapter
-from qwen3_jax.model.param import ExpertParam
+from qwen3_jax.model.quantized import Quantized, axes_of, stacked_axes
 from qwen3_jax.model.transformer import Qwen3
 from qwen3_jax.parallel.mesh import on_mesh_of
 from qwen3_jax.parallel.rules import meshless, use_rules
+from qwen3_jax.tune.matrices import MATRICES, copied, lora_of, matrices, set_lora, set_weight, weight_of
+from qwen3_jax.tune.quantize import BLOCK, dequantize, kind_of, layer_of, plain_param, quantize
 
-# A layer's matrices: the module and the name that each has in it.
-MATRICES = {
-    "attention": ("q", "k", "v", "o"),
-    "mlp": ("gate", "up", "down"),
-    "moe": ("gate", "up", "down"),
-}
 TARGETS = (*MATRICES, *(f"{module}.{name}" for module, names in MATRICES.items() for name in names))
 
 
@@ -39,15 +34,20 @@ class LoraConfig:
         rank: r.
         alpha: the update's scale is alpha / rank.
         targets: out of TARGETS: "attention", "mlp" (dense), "moe" (every expert), or single matrices of them, "attention.q".
+        base: "int8", "int4" or "nf4", the codes that the model's matrices are kept in (qwen3_jax.tune.quantize); None as they
+            are given.
+        block: values that share a scale of those codes.
     """
 
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] = ("attention", "mlp", "moe")
+    base: Literal["int8", "int4", "nf4"] | None = None
+    block: int = BLOCK
 
     def __post_init__(self) -> None:
         check_fields(self)
-        at_least(self, 1, ("rank",))
+        at_least(self, 1, ("rank", "block"))
         above(self, 0, ("alpha",))
         unknown = [target for target in self.targets if target not in TARGETS]
         if unknown or not self.targets:
@@ -72,8 +72,8 @@ def attach(model: Qwen3, config: LoraConfig, key: jax.Array, *, param_dtype: DTy
     """The model with adapters, which change nothing yet: every b is 0.
 
     Args:
-        model: without adapters; on a mesh they are laid out as it is.
-        config: which, and of which rank.
+        model: without adapters; on a mesh they are laid out as it is. Its matrices may be codes already.
+        config: which, of which rank, and beside which codes: those the model is quantised to first, if it is of floats.
         key: PRNG key; a matrix's draw depends on it and on the matrix's place, not on the other targets.
         param_dtype: storage dtype of the adapters, whatever the model's is.
 
@@ -81,14 +81,20 @@ def attach(model: Qwen3, config: LoraConfig, key: jax.Array, *, param_dtype: DTy
         A new model; it shares the given one's arrays.
 
     Raises:
-        ValueError: the model has adapters already, or none of the targets.
+        ValueError: the model has adapters already, none of the targets, or other codes; as of `quantize`.
     """
     if adapted(model):
         raise ValueError("the model has adapters already: accepted is one without; `merge` makes one of it")
-    model = _copy(model)
-    wanted = [
-        (number, module, name) for number, (module, kind, name) in enumerate(_matrices(model)) if config.wants(kind, name)
-    ]
+    found = kind_of(model)
+    if config.base is not None and found is not None and found != (config.base, config.block):
+        raise ValueError(
+            f"the model is in {found[0]} of blocks of {found[1]}, and base is {config.base!r}, block {config.block}: accepted "
+            "are the model's own, or None"
+        )
+    if config.base is not None and found is None:
+        model = quantize(model, config.base, block=config.block)
+    model = copied(model)
+    wanted = [(number, module, name) for number, (module, kind, name) in enumerate(matrices(model)) if config.wants(kind, name)]
     if not wanted:
         raise ValueError(
             f"the model has none of the targets {', '.join(config.targets)}: accepted are attention, mlp where layers are "
@@ -97,44 +103,53 @@ def attach(model: Qwen3, config: LoraConfig, key: jax.Array, *, param_dtype: DTy
 
     def pairs(key: jax.Array) -> list[Adapter]:
         parts = [jax.random.fold_in(key, number) for number, *_ in wanted]
-        matrices = [_weight(module, name) for _, module, name in wanted]
+        weights = [weight_of(module, name) for _, module, name in wanted]
         options = dict(rank=config.rank, scale=config.scale, param_dtype=param_dtype)
-        return [Adapter(*matrix, key=part, **options) for matrix, part in zip(matrices, parts, strict=True)]
+        return [Adapter(*weight, key=part, **options) for weight, part in zip(weights, parts, strict=True)]
 
     with on_mesh_of(model), use_rules(model.rules):
         made = jax.jit(pairs)(key)  # one program: single operations would be a small one for each shape
     for (_, module, name), pair in zip(wanted, made, strict=True):
-        _set_lora(module, name, pair)
+        set_lora(module, name, pair)
     return model
 
 
-def merge(model: Qwen3) -> Qwen3:
-    """The model that the adapters make: each matrix W + scale * b a, computed in float32, in W's dtype.
+def merge(model: Qwen3, dtype: DTypeLike | None = None) -> Qwen3:
+    """The model that the adapters make: each matrix W + scale * b a, computed in float32 and rounded once.
 
     Args:
-        model: with adapters.
+        model: with adapters. Of codes, W is what they stand for; matrices in codes without an adapter become floats too.
+        dtype: of the matrices that change; None is W's own, and of one in codes that of the embeddings.
 
     Returns:
-        A new model without; what had no adapter it shares with the given one.
+        A new model without adapters or codes; what had neither it shares with the given one.
 
     Raises:
         ValueError: a model without adapters.
     """
     if not adapted(model):
         raise ValueError("the model has no adapters: accepted is one that `attach` gave them")
-    model = _copy(model)
-    places = [(module, name) for module, _, name in _matrices(model) if _lora(module, name) is not None]
-    outputs = [_weight(module, name)[1] for module, name in places]
+    model, of_codes = copied(model), model.embed.weight.dtype if dtype is None else dtype
+    places = [(module, name) for module, _, name in matrices(model) if lora_of(module, name) is not None]
+    weights = [weight_of(module, name) for module, name in places]
 
-    def run(given: list[tuple[nnx.Param, Any]]) -> list[jax.Array]:
-        return [_merged(weight, pair, count) for (weight, pair), count in zip(given, outputs, strict=True)]
+    def run(given: list[tuple[Any, Any]]) -> list[jax.Array]:
+        made = []
+        for (weight, pair), (_, outputs) in zip(given, weights, strict=True):
+            own = of_codes if isinstance(weight, Quantized) else weight.dtype
+            made.append(_merged(weight, pair, outputs, own if dtype is None else dtype))
+        return made
 
     with on_mesh_of(model):
-        made = jax.jit(run)([(_weight(module, name)[0], _lora(module, name)) for module, name in places])
-    for (module, name), values in zip(places, made, strict=True):
-        _weight(module, name)[0].set_value(values)
-        _set_lora(module, name, None)
-    return model
+        given = [(weight, lora_of(*place)) for (weight, _), place in zip(weights, places, strict=True)]
+        made = jax.jit(run)(given)
+    for (module, name), (weight, _), values in zip(places, weights, made, strict=True):
+        if isinstance(weight, Quantized):
+            set_weight(module, name, plain_param(weight, values))
+        else:
+            weight.set_value(values)
+        set_lora(module, name, None)
+    return model if kind_of(model) is None else dequantize(model, of_codes)
 
 
 def config_of(model: Qwen3) -> LoraConfig:
@@ -144,14 +159,14 @@ def config_of(model: Qwen3) -> LoraConfig:
         model: with adapters.
 
     Returns:
-        Their rank, alpha and targets.
+        Their rank, alpha and targets, and the codes beside them.
 
     Raises:
         ValueError: a model without adapters, or with such as no one config attaches.
     """
     pairs: dict[tuple[str, str], list[Adapter | None]] = {}
-    for module, kind, name in _matrices(model):
-        pairs.setdefault((kind, name), []).append(_lora(module, name))
+    for module, kind, name in matrices(model):
+        pairs.setdefault((kind, name), []).append(lora_of(module, name))
     found = [pair for same in pairs.values() for pair in same if pair is not None]
     if not found:
         raise ValueError("the model has no adapters: accepted is one that `attach` gave them")
@@ -162,19 +177,20 @@ def config_of(model: Qwen3) -> LoraConfig:
         raise ValueError(f"the model has adapters {told}: accepted is one rank, one scale and every layer")
     ((rank, scale),) = forms
     wanted = [key for key, same in pairs.items() if same[0] is not None]
-    return LoraConfig(rank=rank, alpha=_alpha(rank, scale), targets=targets_of(wanted))
+    base, block = kind_of(model) or (None, BLOCK)
+    return LoraConfig(rank=rank, alpha=_alpha(rank, scale), targets=targets_of(wanted), base=base, block=block)
 
 
-def targets_of(matrices: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+def targets_of(named: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     """The shortest `LoraConfig.targets` that name some matrices.
 
     Args:
-        matrices: the module and the name of each.
+        named: the module and the name of each.
 
     Returns:
         A module where all of its matrices are there, else single ones.
     """
-    given = set(matrices)
+    given = set(named)
     targets: list[str] = []
     for module, names in MATRICES.items():
         here = [name for name in names if (module, name) in given]
@@ -191,54 +207,20 @@ def _alpha(rank: int, scale: float) -> float:
 
 def adapted(model: Qwen3) -> bool:
     """Whether a model has adapters."""
-    return any(_lora(module, name) is not None for module, _, name in _matrices(model))
+    return any(lora_of(module, name) is not None for module, _, name in matrices(model))
 
 
-def _copy(model: Qwen3) -> Qwen3:
-    """Modules and variables of its own, the same arrays."""
-    return jax.tree.map(lambda leaf: leaf, model)
-
-
-def _matrices(model: Qwen3) -> Iterator[tuple[Any, str, str]]:
-    """Every matrix that may have an adapter: its module, that module's name in its layer, and its own name."""
-    for unit in model.segments:
-        for block in unit.blocks:
-            for kind, names in MATRICES.items():
-                module = getattr(block, kind, None)
-                if module is not None:
-                    yield from ((module, kind, name) for name in names)
-
-
-# Experts' matrices are parameters of their module, all others are modules.
-def _weight(module: Any, name: str) -> tuple[nnx.Param, int]:
-    """A matrix, and how many axes its output has."""
-    found = getattr(module, name)
-    return (found, 1) if isinstance(found, nnx.Param) else (found.weight, found.outputs)
-
-
-def _lora(module: Any, name: str) -> Adapter | None:
-    found = getattr(module, name)
-    return getattr(module, f"{name}_lora") if isinstance(found, nnx.Param) else found.lora
-
-
-def _set_lora(module: Any, name: str, pair: Adapter | None) -> None:
-    found = getattr(module, name)
-    if isinstance(found, nnx.Param):
-        setattr(module, f"{name}_lora", nnx.data(pair))
-    else:
-        found.lora = nnx.data(pair)
-
-
-def _merged(weight: nnx.Param, pair: Adapter, outputs: int) -> jax.Array:
+def _merged(weight: Any, pair: Adapter, outputs: int, dtype: DTypeLike) -> jax.Array:
     """One layer after another: the float32 updates of all layers at once would take more memory than the weights."""
     letters = "opqijk"[: weight.ndim - 1]  # of the weight's axes without that of layers
-    inner = isinstance(weight, ExpertParam) + outputs
+    inner = stacked_axes(axes_of(weight)) - 1 + outputs
     b_letters = letters[:inner] + "r"
     a_letters = letters[: inner - outputs] + "r" + letters[inner:]
 
     def one(layer: tuple[Any, Any, Any]) -> jax.Array:
-        weight, a, b = layer
-        layout = None if meshless() else jax.typeof(weight).sharding.spec
+        held, a, b = layer
+        whole = layer_of(weight, held, jnp.float32) if isinstance(weight, Quantized) else held[0]
+        layout = None if meshless() else jax.typeof(whole).sharding.spec
         if layout is not None:  # the factors as the weight is split, so that nothing of the update travels
             axes: dict[str, Any] = dict(zip(letters, layout, strict=True))
             a = jax.sharding.reshard(a, PartitionSpec(*[axes.get(letter) for letter in a_letters]))
@@ -246,6 +228,7 @@ def _merged(weight: nnx.Param, pair: Adapter, outputs: int) -> jax.Array:
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
         formula = f"{b_letters},{a_letters}->{letters}"
         update = jnp.einsum(formula, b, a, precision="highest", out_sharding=layout)
-        return (weight.astype(jnp.float32) + pair.scale * update).astype(weight.dtype)
+        return (whole.astype(jnp.float32) + pair.scale * update).astype(dtype)
 
-    return jax.lax.map(one, (weight[...], pair.a[...], pair.b[...]))
+    held = (weight.codes[...], weight.scales[...]) if isinstance(weight, Quantized) else (weight[...],)
+    return jax.lax.map(one, (held, pair.a[...], pair.b[...]))

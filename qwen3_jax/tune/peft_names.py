@@ -7,7 +7,8 @@ import math
 
 from qwen3_jax.checkpoint.names import Slot, slots
 from qwen3_jax.config import Qwen3Config
-from qwen3_jax.tune.lora import MATRICES, LoraConfig
+from qwen3_jax.tune.lora import LoraConfig
+from qwen3_jax.tune.matrices import MATRICES
 
 PREFIX = "base_model.model."
 SUFFIX = ".weight"

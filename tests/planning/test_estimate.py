@@ -24,6 +24,8 @@ from qwen3_jax.planning.job import Job, PlanError
 from qwen3_jax.planning.programs import device_bytes
 from qwen3_jax.planning.shares import adapters, parameters, shares
 from qwen3_jax.planning.traffic import device_hbm_bytes
+from qwen3_jax.training.optimizer import adamw
+from qwen3_jax.training.state import abstract_train_state
 from qwen3_jax.tune.lora import LoraConfig
 from tests.planning.jobs import job
 
@@ -62,6 +64,19 @@ def test_adapters_of_a_device_are_those_of_its_shards(rules, wish):
     model = abstract_model(given.config, mesh, rules=rules, adapt=LoraConfig(rank=8))
     held = device_bytes(nnx.state(model, nnx.LoRAParam)) / 4
     assert sum(factors.total for factors in adapters(given, shares(given, mesh, rules)).values()) == held
+
+
+@pytest.mark.parametrize("base, dtype, wish", [("nf4", "bfloat16", "fsdp=2,expert=4"), ("int8", "float32", "fsdp=4,tensor=2")])
+def test_a_base_in_codes_takes_the_bytes_of_its_shards(base, dtype, wish):
+    mesh, config = make_mesh(wish), dataclasses.replace(Qwen3Config.preset("qwen3-30b-a3b"), num_hidden_layers=1)
+    given = Job(config, "lora", 8, 128, base=base, adapter_dtype=dtype)
+    state = abstract_train_state(
+        config, adamw(1e-4), mesh, param_dtype="bfloat16", adapt=LoraConfig(base=base), adapter_dtype=dtype
+    )
+    memory = device_memory(given, shares(given, mesh))
+    assert memory["weights"] == device_bytes((state.params, state.frozen))
+    assert memory["optimizer"] == pytest.approx(device_bytes(state.opt_state), abs=8)  # and two counters
+    assert memory["gradients"] == device_bytes(state.params)
 
 
 def test_flops_by_hand():

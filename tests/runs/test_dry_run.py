@@ -57,6 +57,14 @@ def test_adapters_leave_the_base_in_16_bits_without_an_optimizer():
     assert memory["optimizer"] == pytest.approx(8 * pairs / 8, rel=0.2)
 
 
+def test_codes_and_adapters_in_16_bits_take_less():
+    words = ["--lora.base_dtype", "nf4", "--lora.dtype", "bfloat16", "--optimizer.moment_dtype", "bfloat16"]
+    memory = dry_run(resolve(RUNS["lora_30b_a3b"], words).run).stages[0].memory
+    pairs, words, matrices = 844e6, 622e6, 29.9e9  # experts and adapters lie on eight devices, as all else does
+    assert memory["weights"] == pytest.approx((17 / 32 * matrices + 2 * words + 2 * pairs) / 8, rel=0.1)
+    assert memory["optimizer"] == pytest.approx(4 * pairs / 8, rel=0.2)
+
+
 def test_a_run_that_does_not_fit_says_by_how_much(capsys):
     words = ["--mesh.topology", "v5e:2x4", "--stages.general.seq", "32768", "--stages.general.tokens", "8388608000"]
     assert main(["train", str(RUNS["pretrain_0.6b"]), "--dry-run", *words]) == 1
