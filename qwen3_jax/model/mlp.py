@@ -49,7 +49,7 @@ class Projection(nnx.Module):
             y = _product(x, cast_in_place(self.weight[...], x.dtype), (out, inner))
         if self.lora is not None:  # its factors are small: the compiler may convert those of all layers at once
             a, b = self.lora.a[...].astype(x.dtype), self.lora.b[...].astype(x.dtype)
-            # Scaled where there are r numbers a token: behind the products it would be a pass over y, and one over its cotangent.
+            # Scaled where there are r numbers a token: behind the products it would be a pass over y, and over its cotangent.
             y = y + _product(self.lora.scale * _product(x, a, (("rank",), inner)), b, (out, ("rank",)))
         return y if self.bias is None else y + placed(self.bias[...].astype(x.dtype), *out)
 
