@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from qwen3_jax.planning.topology import COMPILE_ONLY, devices_of, parse_topology  # noqa: E402
 
-SMALL = {
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("qwen3-0.6b", dict(num_hidden_layers=4, vocab_size=8192)),
     "experts": ("qwen3-30b-a3b", dict(num_hidden_layers=2, vocab_size=8192, num_experts=8, num_experts_per_tok=2)),
 }
