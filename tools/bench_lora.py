@@ -188,7 +188,8 @@ def run_here(given: argparse.Namespace) -> None:
     table = Table("model", "step of adapters", "base alone", "ratio", "of the turns", title=title)
     for name, (preset, changes) in SMALL.items():
         if given.only in (None, name):
-            config = dataclasses.replace(Qwen3Config.preset(preset), bos_token_id=None, eos_token_id=None, **changes)
+            whole: dict[str, Any] = dict(bos_token_id=None, eos_token_id=None, **changes)
+            config = dataclasses.replace(Qwen3Config.preset(preset), **whole)
             steps, bases = measured(config, given)
             ratios = sorted(step / base for step, base in zip(steps, bases, strict=True))
             medians = [statistics.median(values) for values in (steps, bases, ratios)]
