@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -109,16 +110,25 @@ def _one_error() -> Iterator[None]:
     def wanted(record: logging.LogRecord) -> bool:
         return record.exc_info is None or "orbax" not in record.pathname
 
+    # Arrays that were still being written when the first one failed have nobody to tell any more: their failures are logged as
+    # those of tasks that nobody waits for, or raised where the loop that they ran on is closed.
+    def awaited(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        files = traceback.extract_tb(error.__traceback__) if error is not None else []
+        return not any("orbax" in frame.filename for frame in files)
+
     def unraisable(told: "sys.UnraisableHookArgs") -> None:
-        # Of arrays that were still being written when the first one failed, and have nobody to tell any more.
         if not (isinstance(told.exc_value, RuntimeError) and str(told.exc_value) == "Event loop is closed"):
             hook(told)
 
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    logger, tasks, hook = logging.getLogger("absl"), logging.getLogger("asyncio"), sys.unraisablehook
     logger.addFilter(wanted)
+    tasks.addFilter(awaited)
     sys.unraisablehook = unraisable
     try:
         yield
-        sys.unraisablehook = hook  # where the run has failed it stays, for such writes end after the run
+        # Where the run has failed both stay, for such writes end after the run.
+        tasks.removeFilter(awaited)
+        sys.unraisablehook = hook
     finally:
         logger.removeFilter(wanted)

@@ -18,7 +18,7 @@ from tests.parity.build import at, config_of, model_of
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "parity"
 EXPERTS = [name for name, content in cases.CASES.items() if content["model_type"] == "qwen3_moe"]
-LIMIT = 2e-5
+LIMIT = 2.5e-5  # the order of sums decides the last digit: 2.0e-5 is the largest seen, of logits up to 6
 
 
 @jax.jit

@@ -83,7 +83,7 @@ def test_an_interrupt_leaves_no_worker(tmp_path, monkeypatch):
 
 def request(**changes):
     given = dict(config=TINY.to_hf(), mode="decode", batch=8, seq=64, remat="full", rank=16, topology="v5e:2x2", slices=1)
-    given |= dict(mesh="data=4", rules={})
+    given |= dict(mesh="data=4", rules={}, base="bfloat16", adapter_dtype="float32")
     return given | changes
 
 

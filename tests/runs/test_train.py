@@ -390,7 +390,7 @@ def test_a_full_disk_ends_the_run_with_one_error_and_with_room_it_goes_on(straig
     ), error
     assert "goes on at step 9" in out.stdout and out.returncode == 0, lines
     assert curve(place, "kept") == straight[0]
-    for name, array in arrays_of(place, "kept").items():
+    for name, array in arrays_of(place, runs="kept").items():
         np.testing.assert_array_equal(array, straight[1][name], err_msg=name)
 
 
