@@ -87,9 +87,16 @@ def dequantize(
     if blocks == 0 or inner % blocks:
         raise ValueError(f"{op}: {blocks} scales of rows of {inner}; accepted is a divisor")
     dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+        raise ValueError(f"{op}: dtype is {dtype}; accepted are float32, bfloat16 and float16")
+    if implementation not in (None, "tpu", "reference"):
+        raise ValueError(f"{op}: implementation is {implementation!r}; accepted are 'tpu', 'reference' and None")
     takes = tpu.takes(out, inner, dtype) and scales.dtype == jnp.bfloat16
     if implementation == "tpu" and not takes:
-        raise ValueError(f"{op}: {out} x {inner} to {dtype}; 'tpu' accepts multiples of {tpu.LANES}, to float32 and bfloat16")
+        raise ValueError(
+            f"{op}: {out} x {inner} to {dtype} by scales of {scales.dtype}; 'tpu' accepts multiples of {tpu.LANES}, to float32 and "
+            "bfloat16, by scales of bfloat16"
+        )
     codes, scales = jax.lax.stop_gradient((codes, scales))
     by_name = {
         name: functools.partial(module.dequantize, kind=kind, dtype=dtype)

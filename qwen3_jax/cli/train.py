@@ -6,6 +6,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ USAGE = """usage: qwen3-jax train RUN.toml [--print-config] [--dry-run] [--help-
 
 Train by a run's file. --print-config shows every value and where it came from; --dry-run the mesh, the memory of a chip and
 the tokens, and starts nothing; --help-config every key with its unit. `--stages.general.batch 64` gives another value."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)  # a disk's, not ours
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk's, not ours
+DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
 SWITCHES = ("--print-config", "--dry-run", "--help-config")
 
 
@@ -95,12 +97,17 @@ def _train(run: "Run", console: "Console") -> int:
             print(f"qwen3-jax train: {error}", file=sys.stderr)
             return 1
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in FULL and not (error.errno in DENIED and _within(error.filename, run.output)):
                 raise
             where, accepted = error.filename or run.output, "accepted is a folder with room, and the right to write there"
             print(f"qwen3-jax train: {where} cannot be written: {error.strerror}: {accepted}", file=sys.stderr)
             return 1
     return 0
+
+
+def _within(file: Any, folder: str) -> bool:
+    """Whether a file that was refused is one that a run writes."""
+    return file is not None and Path(file).absolute().is_relative_to(Path(folder).absolute())
 
 
 @contextlib.contextmanager

@@ -63,6 +63,14 @@ def _model(run: Run) -> Iterator[Contradiction]:
             "checkpoint.export_form is adapter and the run has no adapters: accepted is merged, or a section [lora]",
             "checkpoint.export_form",
         )
+    for name, stage in run.stages.items():
+        if run.checkpoint.export_form == "adapter" and stage.rope_theta is not None:
+            yield Contradiction(
+                f"checkpoint.export_form is adapter and stages.{name}.rope_theta is given, which PEFT's folders have no place "
+                "for: accepted is merged, or the base's own rope_theta",
+                "checkpoint.export_form",
+                f"stages.{name}.rope_theta",
+            )
     if run.checkpoint.export_keep is not None and run.checkpoint.export_every is None:
         yield Contradiction(
             "checkpoint.export_keep without checkpoint.export_every: accepted are both, or neither", "checkpoint.export_keep"

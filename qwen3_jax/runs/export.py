@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from qwen3_jax.chat.tokenizer import Tokenizer
 from qwen3_jax.checkpoint.pretrained import save_pretrained
@@ -47,19 +49,30 @@ def stands(folder: str | Path) -> bool:
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
+def _stands_for_all(folder: str | Path) -> bool:
+    """`stands` as process 0 finds it: others may still see a shared folder as it was, and an export waits for all of them."""
+    here = stands(folder)
+    return here if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(here)))
+
+
 class Exports:
     """The exports of a run. Every process of the mesh makes the same calls."""
 
-    def __init__(self, run: Run, config: Qwen3Config, rules: Rules, said: Callable[[str], None]):
+    def __init__(self, run: Run, config: Qwen3Config, first: int, rules: Rules, said: Callable[[str], None]):
         """Take a run's wishes; nothing is written yet.
 
         Args:
             run: the run.
             config: the model's, before any stage.
+            first: the step that this start begins with.
             rules: which mesh axes split what.
             said: is given a line for each export.
         """
-        self._run, self._config, self._rules, self._said = run, config, rules, said
+        self._run, self._config, self._first, self._rules, self._said = run, config, first, rules, said
+        self._written = first
+        # Before the first step: sources in a store that does not answer for a moment must not end the run at an export.
+        wanted = run.checkpoint.export is not None or run.checkpoint.export_every is not None
+        self._words = find_words(run, config) if wanted else None
         self.folder = Path(run.output) / run.name / "exports"
 
     def __call__(self, step: int, state: Any) -> None:
@@ -73,8 +86,9 @@ class Exports:
             CheckpointError: the folder cannot be written.
         """
         target = self.folder / f"step-{step}"
-        export(self._run, self._config, step, state, self._rules, target, overwrite=True)
+        export(self._run, self._config, step, state, self._rules, self._words, target, overwrite=True)
         self._said(f"exported to {target}")
+        self._written = step
         keep = self._run.checkpoint.export_keep
         if keep is not None and jax.process_index() == 0:
             keep_newest(self.folder, step, keep)
@@ -89,11 +103,14 @@ class Exports:
             CheckpointError: a folder cannot be written.
         """
         section, steps = self._run.checkpoint, self._run.steps
-        if section.export_every is not None and not stands(self.folder / f"step-{steps}"):
-            self(steps, state)
+        if section.export_every is not None:
+            # One that stands is of this run where no step was made since; else it may be of another curve.
+            lacks = self._written < steps if self._first < steps else not _stands_for_all(self.folder / f"step-{steps}")
+            if lacks:
+                self(steps, state)
         # It stands where a run that is done is started again.
-        if section.export is not None and not stands(section.export):
-            export(self._run, self._config, steps, state, self._rules, section.export)
+        if section.export is not None and not _stands_for_all(section.export):
+            export(self._run, self._config, steps, state, self._rules, self._words, section.export)
             self._said(f"exported to {section.export}")
 
 
@@ -114,8 +131,55 @@ def keep_newest(folder: Path, step: int, keep: int) -> None:
             shutil.rmtree(path)
 
 
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """A run's tokenizer, whose generation_config.json, if it has one, says where this run has taught the model to stop.
+
+    Attributes:
+        tokenizer: the run's.
+        stop: the tokens that end what the model writes.
+    """
+
+    tokenizer: Tokenizer
+    stop: tuple[int, ...]
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files.
+
+        Args:
+            folder: where.
+        """
+        self.tokenizer.save(folder)
+        given = self.tokenizer.generation_config
+        if given and self.stop:
+            eos = list(self.stop) if len(self.stop) > 1 else self.stop[0]
+            write_json(folder / "generation_config.json", given | {"eos_token_id": eos})
+
+
+def find_words(run: Run, config: Qwen3Config) -> Words | None:
+    """The tokenizer of a run and where its model stops, for `export`; None without one.
+
+    Args:
+        run: the run, whose sources are opened.
+        config: the model's.
+
+    Returns:
+        Both.
+    """
+    found = find_tokenizer(run)
+    return None if found is None else Words(found, stop_tokens(run, config, found))
+
+
 def export(
-    run: Run, config: Qwen3Config, step: int, state: Any, rules: Rules, folder: str | Path, *, overwrite: bool = False
+    run: Run,
+    config: Qwen3Config,
+    step: int,
+    state: Any,
+    rules: Rules,
+    words: Words | None,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Write the model that a run has made so far. Every process of the mesh makes the same call; the state stays as it is.
 
@@ -125,6 +189,7 @@ def export(
         step: steps that have been made.
         state: the TrainState after them.
         rules: which mesh axes split what.
+        words: of the run.
         folder: where.
         overwrite: replace what stands there, once the new folder is whole.
 
@@ -132,28 +197,11 @@ def export(
         CheckpointError: the folder cannot be written, or holds something.
     """
     dtype, adapt = jnp.dtype(run.model.compute_dtype), lora_config(run)
-    config, found = stage_config(config, stage_at(run, step - 1)), find_tokenizer(run)
-    stop = () if found is None else stop_tokens(run, config, found)
-    if stop:
-        config = dataclasses.replace(config, eos_token_id=stop if len(stop) > 1 else stop[0])
+    config = stage_config(config, stage_at(run, step - 1))
+    if words is not None and words.stop:
+        config = dataclasses.replace(config, eos_token_id=words.stop if len(words.stop) > 1 else words.stop[0])
     model = trained_model(config, state, dtype=dtype, rules=rules, adapt=adapt)
     if run.checkpoint.export_form == "adapter":
         save_adapter(model, folder, base=run.model.folder, overwrite=overwrite)
         return
-    tokenizer = None if found is None else _Stopping(found, stop)
-    save_pretrained(model if adapt is None else merge(model), folder, tokenizer=tokenizer, overwrite=overwrite)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stopping:
-    """A tokenizer whose generation_config.json, if it has one, says where this run has taught the model to stop."""
-
-    tokenizer: Tokenizer
-    stop: tuple[int, ...]
-
-    def save(self, folder: Path) -> None:
-        self.tokenizer.save(folder)
-        given = self.tokenizer.generation_config
-        if given and self.stop:
-            eos = list(self.stop) if len(self.stop) > 1 else self.stop[0]
-            write_json(folder / "generation_config.json", given | {"eos_token_id": eos})
+    save_pretrained(model if adapt is None else merge(model), folder, tokenizer=words, overwrite=overwrite)

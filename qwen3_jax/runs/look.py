@@ -60,6 +60,7 @@ class Look:
                 )
             if empty := [prompt for prompt in run.watch.prompts if not self._tokenizer.encode(prompt)]:
                 raise RunError(f"watch.prompts has {empty[0]!r}, which has no tokens: accepted is text")
+            self._stop = stop_tokens(run, config, self._tokenizer)
         first = next(iter(run.stages.values()))
         self._rows, self._seq = first.batch // first.accumulation, first.seq
         if run.watch.held_out is not None:
@@ -108,8 +109,7 @@ class Look:
         tokens = np.zeros((len(ids), max(map(len, ids))), np.int32)
         for row, given in zip(tokens, ids, strict=True):
             row[: len(given)] = given
-        stop = stop_tokens(self._run, config, tokenizer)
-        out = generate(model, tokens, lengths=list(map(len, ids)), max_new_tokens=WRITTEN, stop_tokens=stop)
+        out = generate(model, tokens, lengths=list(map(len, ids)), max_new_tokens=WRITTEN, stop_tokens=self._stop)
         written, lengths = jax.device_get((out.tokens, out.lengths))
         texts = [tokenizer.decode(row[:length]) for row, length in zip(written, lengths, strict=True)]
         return dict(zip(prompts, texts, strict=True))

@@ -93,7 +93,7 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
         starts = Starts(folder, first, clock, writes=leads)
         journal = Journal(folder / "metrics.jsonl", first, writes=leads, sinks=_sinks(run, folder, first) if leads else ())
         stages = [_stage(run, name, stage, config, mesh, rules, optimizer) for name, stage in run.stages.items()]
-        exports = Exports(run, config, rules, said)
+        exports = Exports(run, config, first, rules, said)
         loop = Loop(
             stages,
             policy_of(run),
@@ -117,14 +117,14 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
                 loop.seconds["save"] += time.perf_counter() - begun
         finally:
             # Also of a run that stops by itself: what led to it is what one wants to see.
-            journal.close()
             seconds = dict(start=start, **loop.seconds)
             try:
+                journal.close()
                 starts.end(max(first, loop.reached) if came_to == "failed" else step, came_to, seconds)
                 if leads:
                     write_report(run, folder)
             except OSError as error:  # a disk that is full has ended the run already, and that is what is to be told
-                said(f"the report, or this start's line in it, cannot be written: {error}")
+                said(f"the figures' end, the report, or this start's line in it, cannot be written: {error}")
         said(f"{'done' if done else 'told to end: saved'} at step {step:,} of {loop.steps:,}")
     said(f"seconds of this start: {'  '.join(f'{name} {value:.1f}' for name, value in seconds.items())}")
     return Ended(step, done, seconds)

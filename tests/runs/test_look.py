@@ -15,7 +15,7 @@ from qwen3_jax.data.mixture import Source
 from qwen3_jax.data.prepare import prepare
 from qwen3_jax.data.worker import Work
 from qwen3_jax.parallel.rules import TRAIN_RULES
-from qwen3_jax.runs.export import check_export, export, keep_newest
+from qwen3_jax.runs.export import check_export, export, find_words, keep_newest
 from qwen3_jax.runs.look import Look, find_tokenizer, stage_at
 from qwen3_jax.runs.parts import lora_config
 from qwen3_jax.runs.schema import (
@@ -82,7 +82,7 @@ def test_adapters_are_looked_at_and_exported_merged(place, tmp_path):
     state = init_train_state(model, adamw(1e-3), trainable=nnx.LoRAParam)
     look = Look(run, base.config, mesh, TRAIN_RULES)(3, state)
 
-    export(run, base.config, run.steps, state, TRAIN_RULES, tmp_path / "out")
+    export(run, base.config, run.steps, state, TRAIN_RULES, find_words(run, base.config), tmp_path / "out")
     exported = from_pretrained(tmp_path / "out", dtype=jnp.float32)
     assert exported.config.rope_theta == 2e4
     for (name, one), other in zip(

@@ -20,11 +20,12 @@ from qwen3_jax.training.checkpoints import Checkpoints, TrainingCheckpointError,
 from qwen3_jax.training.state import abstract_train_state
 from tests.parallel.test_on_mesh import on_mesh, skewed
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 OPTIMIZER = adamw(1e-2)
 # Of a restore that fails, Orbax leaves reads behind, whose ends find the event loop closed: in a moment, on other threads.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.usefixtures("quick"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @functools.cache

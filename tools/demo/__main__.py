@@ -1,4 +1,4 @@
-"""`make demo`: train, train on a mesh, export, read back, compare to the bit, write in three modes. Seven minutes on two cores.
+"""`make demo`: train, train on a mesh, export, read back, compare to the bit, write in three modes. Six minutes on two cores.
 
     python -m tools.demo [--seconds 240] [--out demo_out]
 
