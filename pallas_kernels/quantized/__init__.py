@@ -91,11 +91,11 @@ def dequantize(
         raise ValueError(f"{op}: dtype is {dtype}; accepted are float32, bfloat16 and float16")
     if implementation not in (None, "tpu", "reference"):
         raise ValueError(f"{op}: implementation is {implementation!r}; accepted are 'tpu', 'reference' and None")
-    takes = tpu.takes(out, inner, dtype) and scales.dtype == jnp.bfloat16
+    takes = tpu.takes(out, inner, blocks, dtype) and scales.dtype == jnp.bfloat16
     if implementation == "tpu" and not takes:
         raise ValueError(
-            f"{op}: {out} x {inner} to {dtype} by scales of {scales.dtype}; 'tpu' accepts multiples of {tpu.LANES}, to float32 and "
-            "bfloat16, by scales of bfloat16"
+            f"{op}: {out} x {inner} to {dtype} by {blocks} scales of {scales.dtype}; 'tpu' accepts multiples of {tpu.LANES}, "
+            f"to float32 and bfloat16, by scales of bfloat16, {tpu.MOST} at most"
         )
     codes, scales = jax.lax.stop_gradient((codes, scales))
     by_name = {

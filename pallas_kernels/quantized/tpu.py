@@ -12,21 +12,23 @@ from pallas_kernels.quantized.formats import bits, meaning
 
 LANES = 128
 TALL, WIDE = 256, 1024  # of a block of the result at most: 1 MiB of float32
+MOST = 512  # scales of a row: the kernel holds ones and zeros, and the numbers that they are made of, 10 bytes for each by WIDE
 
 
-def takes(out: int, inner: int, dtype: jnp.dtype) -> bool:
+def takes(out: int, inner: int, blocks: int, dtype: jnp.dtype) -> bool:
     """Tells whether a matrix has whole tiles, of codes and of scales.
 
     Args:
         out: its rows.
         inner: its columns.
+        blocks: scales of a row.
         dtype: of the result.
 
     Returns:
         True where the kernel can be used.
     """
     whole = out > 0 and inner > 0 and out % LANES == 0 and inner % LANES == 0
-    return whole and dtype in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+    return whole and blocks <= MOST and dtype in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
 def dequantize(

@@ -67,7 +67,8 @@ class Quantized(nnx.Module):
         codes, scales = codes_of(value)
         param = ExpertQuantizedParam if isinstance(weight, ExpertParam) else QuantizedParam
         names = (*axes[:stacked], out, inner), (*axes[:stacked], inner, out)
-        self.codes = param(placed(codes, *names[0]), out_sharding=names[0], eager_sharding=False)
+        # Under the kind's name: codes of int4 and of nf4 are alike else, and a state of one must not pass as the other's.
+        setattr(self, kind, param(placed(codes, *names[0]), out_sharding=names[0], eager_sharding=False))
         self.scales = param(placed(scales, *names[1]), out_sharding=names[1], eager_sharding=False)
 
     def _check_shards(self, rows: Any, columns: Any, kind: str, block: int) -> None:
@@ -89,6 +90,11 @@ class Quantized(nnx.Module):
                 f"{size} rows in {kind} over {shards} shards: {size} / {shards} is odd; accepted is an even number, for two "
                 "rows share bytes"
             )
+
+    @property
+    def codes(self) -> QuantizedParam:
+        """The codes."""
+        return getattr(self, self.kind)
 
     @property
     def block(self) -> int:

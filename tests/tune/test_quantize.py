@@ -16,6 +16,7 @@ from qwen3_jax.generation.unstack import unstack
 from qwen3_jax.parallel.dispatch import Dispatch
 from qwen3_jax.parallel.mesh import MeshError
 from qwen3_jax.parallel.rules import RULES
+from qwen3_jax.training.state import trained_model
 from qwen3_jax.tune.lora import LoraConfig, attach, config_of, merge
 from qwen3_jax.tune.pretrained import from_pretrained_in_codes
 from qwen3_jax.tune.quantize import dequantize, quantize
@@ -180,6 +181,9 @@ def test_what_is_refused(tmp_path):
         ValueError, match="the model's matrices are codes, which are frozen: accepted is trainable=nnx.LoRAParam"
     ):
         init_train_state(quantized, adamw(1e-3))
+    state = init_train_state(attach(quantized, LORA, jax.random.key(0)), adamw(1e-3), trainable=nnx.LoRAParam)
+    with pytest.raises(ValueError, match="lacks the parameter .*weight.int4 with adapt="):  # whose codes look the same
+        trained_model(CONFIGS["dense"], state, adapt=dataclasses.replace(LORA, base="int4"))
     with pytest.raises(CheckpointError, match="the model's matrices are codes, for which a checkpoint has no place"):
         save_pretrained(quantized, tmp_path / "out")
     for block, says in ((16, "48 columns in blocks of 16 over 4 shards: 48 / 4 / 16 is no whole number"), (4, None)):
