@@ -85,7 +85,8 @@ def in_turn(inner: optax.GradientTransformation) -> optax.GradientTransformation
             NamedTuple of scalars and trees like the parameters'.
 
     Returns:
-        The same transformation, and its state of the same form, wherever that lies.
+        The same transformation, and its state of the same form, wherever that lies. Of state in host memory updates come in
+        the gradient's dtype, in whose place they are written: wider ones are rounded.
     """
 
     def update(updates: Any, state: Any, params: Any = None, *, finite: Any = True, **_: Any) -> tuple[Any, Any]:

@@ -94,9 +94,7 @@ def test_what_is_refused():
     codes, scales = quantize(jnp.ones((4, 64)), "int8")
     with pytest.raises(ValueError, match=r"dequantize: codes are int8\[4, 64\] .* accepted of nf4 are uint8"):
         dequantize(codes, scales, "nf4", jnp.float32)
-    with pytest.raises(
-        ValueError, match="dequantize: 4 x 64 to float32 by 1 scales of bfloat16; 'tpu' accepts multiples"
-    ):
+    with pytest.raises(ValueError, match="dequantize: 4 x 64 to float32 by 1 scales of bfloat16; 'tpu' accepts multiples"):
         dequantize(codes, scales, "int8", jnp.float32, implementation="tpu")
     with pytest.raises(ValueError, match="dequantize: implementation is 'gpu'; accepted are 'tpu', 'reference' and None"):
         dequantize(codes, scales, "int8", jnp.float32, implementation="gpu")  # pyrefly: ignore[bad-argument-type]
