@@ -96,7 +96,5 @@ def test_what_is_refused():
         dequantize(codes, scales, "nf4", jnp.float32)
     with pytest.raises(ValueError, match="dequantize: 4 x 64 to float32 by 1 scales of bfloat16; 'tpu' accepts multiples"):
         dequantize(codes, scales, "int8", jnp.float32, implementation="tpu")
-    with pytest.raises(ValueError, match="dequantize: implementation is 'gpu'; accepted are 'tpu', 'reference' and None"):
-        dequantize(codes, scales, "int8", jnp.float32, implementation="gpu")  # pyrefly: ignore[bad-argument-type]
     with pytest.raises(ValueError, match="dequantize: dtype is int8; accepted are float32, bfloat16 and float16"):
         dequantize(codes, scales, "int8", jnp.int8)
