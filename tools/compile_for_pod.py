@@ -26,8 +26,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from qwen3_jax.planning.buffers import Memory, dumped, read_memory  # noqa: E402
 from qwen3_jax.planning.topology import COMPILE_ONLY, devices_of, parse_topology  # noqa: E402
-from tools.buffers import Memory, dumped, read_memory  # noqa: E402
 
 
 def options() -> argparse.Namespace:

@@ -76,8 +76,8 @@ def stage_job(run: Run, stage: StageSection) -> Job:
     rows = stage.batch // stage.accumulation
     if run.lora is None:
         return Job(config, "train", rows, stage.seq, run.step.remat)
-    base = run.lora.codes or "bfloat16"
-    return Job(config, "lora", rows, stage.seq, run.step.remat, run.lora.rank, base, run.lora.dtype)
+    lora = run.lora
+    return Job(config, "lora", rows, stage.seq, run.step.remat, lora.rank, lora.base_dtype, lora.dtype)
 
 
 def dry_run(run: Run, devices: int | None = None) -> Need:

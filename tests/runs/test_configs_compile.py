@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
+from tools.compile_run import placed
 
 from qwen3_jax.runs.dry_run import dry_run
 from qwen3_jax.runs.models import model_config
 from qwen3_jax.runs.resolve import resolve
-from tools.compile_run import placed
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # The file, its stage that needs most, and where it is not its own, a topology: CUDA's compiler is not in the tests.

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from tools.compile_run import placed
 
 from qwen3_jax import adamw, init_train_state, make_mesh, make_train_step
 from qwen3_jax.runs.dry_run import dry_run
@@ -17,7 +18,6 @@ from qwen3_jax.training.offload import to_host
 from qwen3_jax.training.optimizer import muon
 from tests.model.models import random_model
 from tests.parallel.test_on_mesh import batch, on_mesh, skewed
-from tools.compile_run import placed
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
