@@ -112,6 +112,9 @@ def _plan_run(options: Options, given: Sequence[str]) -> int:
             begun=lambda name: progress.update(task, description=f"compiling {name}"),
         )
     console.print(step_table(compiled))
+    for step in compiled.steps:
+        if step.reason is not None:
+            console.print(f"{step.stage} does not compile: {step.reason}")
     if options.json is not None:
         write_whole(options.json, json.dumps(record(compiled), indent=1, allow_nan=False))
     return 0 if all(compiled.fits(step) for step in compiled.steps) else 1

@@ -134,10 +134,13 @@ def device_traffic(job: Job, cut: Shares) -> tuple[Traffic, ...]:
 
     def together(kind: str, axes: tuple[str, ...], what: str, sent: float, count: int) -> None:
         total = sums[kind, axes, what]
-        total[0], total[1] = total[0] + sent, total[1] + count
+        total[0], total[1] = total[0] + sent, total[1] + (count if sent else 0)
 
+    kinds = [kind.mlp for kind in config.block_kinds()]
+    dense, moe = kinds.count("dense"), kinds.count("moe")
+    times = {"attention": layers, "dense": dense, "experts": moe, "router": moe, "norms": layers, "words": 1}
     for name, count in vars(parameters(job, cut)).items():
-        axes, alike, arrays = cut.gathered[name], cut.alike[name], ARRAYS[name] * (1 if name == "words" else layers)
+        axes, alike, arrays = cut.gathered[name], cut.alike[name], ARRAYS[name] * times[name]
         others, same = cut.devices(axes) - 1, cut.devices(alike)
         sent = min(HALF, job.frozen_bytes(name)) if job.adapts else HALF  # floats are cast before they travel
         together("all-gather", axes, "weights", again * sent * count * others, again * arrays * job.frozen_arrays(name))
@@ -145,7 +148,7 @@ def device_traffic(job: Job, cut: Shares) -> tuple[Traffic, ...]:
             together("reduce-scatter", axes, "gradients", FLOAT * count * others, arrays)
             together("all-reduce", alike, "gradients", 2 * FLOAT * count * (same - 1) / same, arrays)
     for name, factors in adapters(job, cut).items():
-        axes, alike, arrays = cut.gathered[name], cut.alike[name], ARRAYS[name] * layers
+        axes, alike, arrays = cut.gathered[name], cut.alike[name], ARRAYS[name] * times[name]
         # What lacks the embed axis is the same on all devices that split it, of which those with other tokens add theirs.
         more = alike + tuple(axis for axis in axes if axis in cut.alike["norms"])
         together("all-gather", axes, "adapters", again * HALF * factors.embed * (cut.devices(axes) - 1), again * arrays)

@@ -81,7 +81,7 @@ class Compiled:
     def verdict(self, step: StepMemory) -> str:
         """The same in words."""
         if step.total is None:
-            return f"does not compile: {step.reason}"
+            return "does not compile"
         over = step.total - self.topology.chip.hbm
         return "fits" if over <= 0 else f"does not fit: {over / GB:.1f} GB too many"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from qwen3_jax.parallel.mesh import make_mesh
 from qwen3_jax.planning.program import memory_of_failure
@@ -19,7 +19,32 @@ from qwen3_jax.runs.models import model_config
 from qwen3_jax.runs.parts import lora_config, optimizer_of, rules_of, stage_step
 from qwen3_jax.runs.resolve import resolve
 from qwen3_jax.runs.schema import Run
-from qwen3_jax.training.state import Batch, abstract_train_state
+from qwen3_jax.training.state import Batch, TrainState, abstract_train_state
+
+
+def abstract_state(run: Run, mesh: Mesh) -> TrainState:
+    """What a run trains, freezes and keeps of its optimizer, as shapes.
+
+    Args:
+        run: the run.
+        mesh: of any devices.
+
+    Returns:
+        The state of its steps, with shardings.
+
+    Raises:
+        MeshError: the model does not fit the mesh, with the arithmetic.
+    """
+    return abstract_train_state(
+        model_config(run.model),
+        optimizer_of(run),
+        mesh,
+        rules=rules_of(run),
+        param_dtype=jnp.dtype(run.model.param_dtype if run.lora is None else run.lora.float_dtype),
+        adapt=lora_config(run),
+        adapter_dtype="float32" if run.lora is None else run.lora.dtype,
+        offload=run.optimizer.offload,
+    )
 
 
 def lowered(run: Run, name: str) -> jax.stages.Lowered:
@@ -39,17 +64,7 @@ def lowered(run: Run, name: str) -> jax.stages.Lowered:
     stage, config = run.stages[name], model_config(run.model)
     chips = parse_topology(str(run.mesh.topology), run.mesh.slices)
     mesh = make_mesh(run.mesh.axes, slices=run.mesh.slices, devices=devices_of(chips))
-    rules, optimizer = rules_of(run), optimizer_of(run)
-    state = abstract_train_state(
-        config,
-        optimizer,
-        mesh,
-        rules=rules,
-        param_dtype=jnp.dtype(run.model.param_dtype if run.lora is None else run.lora.float_dtype),
-        adapt=lora_config(run),
-        adapter_dtype="float32" if run.lora is None else run.lora.dtype,
-        offload=run.optimizer.offload,
-    )
+    state, rules, optimizer = abstract_state(run, mesh), rules_of(run), optimizer_of(run)
     sharding = NamedSharding(mesh, rules.spec("batch", None, mesh=mesh))
 
     def rows(dtype: Any) -> jax.ShapeDtypeStruct:
