@@ -95,7 +95,7 @@ def compile_run(
     time_limit: float = 1800,
     begun: Callable[[str], None] = lambda name: None,
 ) -> Compiled:
-    """Compile the steps of a run, one after another.
+    """Compile the steps of a run, one after another; stages whose steps are one program share it.
 
     Args:
         file: the run's.
@@ -120,10 +120,14 @@ def compile_run(
     if stage is not None and stage not in run.stages:
         raise RunError(f"{file} has no stage {stage!r}: accepted are {', '.join(run.stages)}")
     need = dry_run(run)
-    steps = []
+    steps, known = [], {}
     for name in [stage] if stage is not None else run.stages:
-        begun(name)
-        steps.append(_step_memory({"file": str(file), "words": words, "stage": name}, time_limit))
+        given = run.stages[name]
+        program = given.batch, given.seq, given.accumulation, given.rope_theta  # all of a stage that its step is made of
+        if program not in known:
+            begun(name)
+            known[program] = _step_memory({"file": str(file), "words": words, "stage": name}, time_limit)
+        steps.append(dataclasses.replace(known[program], stage=name))
     return Compiled(str(file), run, need, parse_topology(str(run.mesh.topology), run.mesh.slices), tuple(steps))
 
 
