@@ -4,7 +4,6 @@ A step is compiled in a process of its own, which is ended as soon as the compil
 after about a tenth of the time. Its bytes are the compiler's, and machine code is never made.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -156,7 +155,7 @@ def _step_memory(request: Mapping[str, Any], time_limit: float) -> StepMemory:
                 time.sleep(0.2)
                 late = time.monotonic() - start > time_limit
         finally:
-            with contextlib.suppress(ProcessLookupError):
+            if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
         seconds = time.monotonic() - start
@@ -192,7 +191,9 @@ def step_table(compiled: Compiled) -> Table:
     axes = ", ".join(f"{axis}={size}" for axis, size in compiled.need.mesh.items() if size > 1) or "one device"
     layers = model_config(run.model).num_hidden_layers
     title = f"{run.name}, {layers} layers: {axes} on {topology.name}; GB a device, by the compiler"
-    table = Table("stage", "tokens a step", "arguments", "temporaries", "in all", "dry run says", "verdict", title=title)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in ("stage", "tokens a step", "arguments", "temporaries", "in all", "dry run says", "verdict"):
+        table.add_column(name, justify="left" if name in ("stage", "verdict") else "right", no_wrap=True)
     said = {stage.name: sum(stage.memory.values()) for stage in compiled.need.stages}
     for step in compiled.steps:
         stage = run.stages[step.stage]

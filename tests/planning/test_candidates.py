@@ -155,3 +155,13 @@ def test_blocks_are_cut_where_the_model_itself_says_so(rules, wish, whole):
     ):
         with contextlib.nullcontext() if whole else pytest.raises(MeshError, match="in blocks of 64"):
             look()
+
+
+def test_a_mesh_that_fits_under_one_table_is_tried_under_that_one():
+    """Sixteen rows over eight devices: the tables differ in the embed axis, of which 320 numbers are blocks of 64 in five."""
+    config = dataclasses.replace(CONFIGS["moe"], hidden_size=320, num_attention_heads=4, head_dim=64, moe_intermediate_size=64)
+    work = Job(config, "lora", 16, 64, base="int8")
+    (found,) = listed(work, "v5e:2x4", ["data=2,expert=4"])
+    assert found.rules.name == "default"
+    with pytest.raises(MeshError, match=r"attention.q has 320 columns in int8, in blocks of 64, over expert=4"):
+        listed(work, "v5e:2x4", ["data=2,expert=4"], ["embed=expert"])
