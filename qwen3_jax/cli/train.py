@@ -73,10 +73,12 @@ def main(argv: Sequence[str]) -> int:
 def _train(run: "Run", console: "Console") -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from qwen3_jax.host_memory import keep_freed_memory_on_cpu
     from qwen3_jax.runs.train import train
     from qwen3_jax.training.checkpoints import TrainingCheckpointError
     from qwen3_jax.training.loop import TrainingError
 
+    keep_freed_memory_on_cpu()  # a step is a fifth faster
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(run.name, total=run.steps)
