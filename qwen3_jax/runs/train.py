@@ -34,7 +34,7 @@ from qwen3_jax.runs.toml import RunError
 from qwen3_jax.training.checkpoints import Checkpoints
 from qwen3_jax.training.journal import Journal
 from qwen3_jax.training.loop import Loop, Progress, Stage
-from qwen3_jax.training.sinks import Sink, TensorBoard, Wandb, check_extras
+from qwen3_jax.training.sinks import Board, TensorBoard, Wandb, check_extras
 from qwen3_jax.training.state import abstract_train_state, init_train_state
 from qwen3_jax.training.stopping import Stopping
 from qwen3_jax.tune.lora import attach
@@ -91,7 +91,8 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
         first = int(state.step)
         check_export(run, first)
         starts = Starts(folder, first, clock, writes=leads)
-        journal = Journal(folder / "metrics.jsonl", first, writes=leads, sinks=_sinks(run, folder, first) if leads else ())
+        boards = _boards(run, folder, first) if leads else ()
+        journal = Journal(folder / "metrics.jsonl", first, writes=leads, boards=boards)
         stages = [_stage(run, name, stage, config, mesh, rules, optimizer) for name, stage in run.stages.items()]
         exports = Exports(run, config, first, rules, said)
         loop = Loop(
@@ -130,14 +131,15 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
     return Ended(step, done, seconds)
 
 
-def _sinks(run: Run, folder: Path, first: int) -> list[Sink]:
+def _boards(run: Run, folder: Path, first: int) -> list[Board]:
     """What the run's lines go to beside metrics.jsonl."""
-    sinks: list[Sink] = []
+    boards: list[Board] = []
     if run.watch.tensorboard:
-        sinks.append(TensorBoard(folder / "tensorboard", first))
-    if run.watch.wandb is not None:
-        sinks.append(Wandb(folder / "wandb", run.watch.wandb, run.name, about(run)["config"]))
-    return sinks
+        boards.append(Board("watch.tensorboard", lambda: TensorBoard(folder / "tensorboard", first)))
+    project = run.watch.wandb
+    if project is not None:
+        boards.append(Board("watch.wandb", lambda: Wandb(folder / "wandb", project, run.name, about(run)["config"])))
+    return boards
 
 
 def peak_of(mesh: Mesh) -> float | None:

@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -40,3 +41,25 @@ def named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@runtime_checkable
+class Unbuffered(Protocol):
+    """A file that takes as much of what it is given as it can at once."""
+
+    def write(self, data: bytes, /) -> int | None:
+        """Write; how many bytes were taken."""
+
+
+def write_all(file: Unbuffered, data: bytes) -> None:
+    """Write all of something to an unbuffered file.
+
+    Args:
+        file: the file.
+        data: what is written.
+
+    Raises:
+        OSError: no room, no rights; a part of it may be there.
+    """
+    while data:
+        data = data[file.write(data) or 0 :]
