@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from qwen3_jax.runs.schema import Run
+
+logger = logging.getLogger(__name__)
 
 WIDEST = 160
 USAGE = """usage: qwen3-jax train RUN.toml [--print-config] [--dry-run] [--help-config] [--section.key value ...]
@@ -89,11 +92,21 @@ def _train(run: "Run", console: "Console") -> int:
                 line += f"  MFU {figures['mfu']:.1%}"
             progress.update(task, completed=step + 1, description=line)
             if not console.is_terminal and (step + 1) % run.watch.every == 0:
-                console.print(line)
+                said(line)
+
+        def said(line: str) -> None:
+            try:
+                progress.console.print(line)
+            except OSError as error:  # its disk is full, or what read it is gone
+                logger.warning("the standard output takes no more lines, and the run goes on without: %s", error)
+                # Also of what is still to be flushed, at the end of the process at the latest.
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, sys.stdout.fileno())
+                os.close(nowhere)
 
         try:
             with _one_error():
-                train(run, told, progress.console.print)
+                train(run, told, said)
         except (TrainingError, TrainingCheckpointError) as error:
             cause = error.__cause__
             if isinstance(error, TrainingError) and cause is not None and not isinstance(cause, OSError) and not _ours(cause):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -40,6 +41,8 @@ from qwen3_jax.training.sinks import Board, TensorBoard, Wandb, check_extras
 from qwen3_jax.training.state import abstract_train_state, init_train_state
 from qwen3_jax.training.stopping import Stopping
 from qwen3_jax.tune.lora import attach
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +135,7 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
                     lost = journal.lost()
                     starts.end(max(first, loop.reached) if came_to == "failed" else step, came_to, seconds, lost)
                     if leads:
-                        write_report(run, folder)
+                        _report(run, folder)
                 finally:
                     journal.close()  # last, for boards may be slow, and whoever told the run to end may kill it meanwhile
             except OSError as error:  # a disk that is full has ended the run already, and that is what is to be told
@@ -140,6 +143,16 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
         said(f"{'done' if done else 'told to end: saved'} at step {step:,} of {loop.steps:,}")
     said(f"seconds of this start: {'  '.join(f'{name} {value:.1f}' for name, value in seconds.items())}")
     return Ended(step, done, seconds)
+
+
+def _report(run: Run, folder: Path) -> None:
+    """The report; what fails in making it must not stand in the place of how the run ended."""
+    try:
+        write_report(run, folder)
+    except OSError:
+        raise
+    except Exception:
+        logger.exception("the report cannot be made")
 
 
 @contextlib.contextmanager

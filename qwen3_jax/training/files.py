@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all, whenever this process is killed: beside it first, then in its place.
+    """Write a file whole or not at all, whenever this process or its machine stops: beside it first, then in its place.
 
     Args:
         path: the file; one that is there is replaced.
@@ -21,6 +21,11 @@ def write_whole(path: Path, text: str) -> None:
     try:
         with named(part):
             part.write_text(text, encoding="utf-8")
+            handle = os.open(part, os.O_RDWR)
+            try:
+                os.fsync(handle)  # else a machine that stops may have kept the new name and not what it is of
+            finally:
+                os.close(handle)
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)

@@ -166,7 +166,7 @@ class TensorBoard:
         self._path = folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.from_{first}"
         # Unbuffered: a kill loses nothing that was written, and what a full disk has refused is not tried again.
         self._file = self._path.open("ab", buffering=0)
-        events = [dict(file_version="brain.Event:2")]
+        events: list[dict[str, Any]] = [dict(file_version="brain.Event:2")]
         if first:
             events.append(dict(step=first, session_log=self._protos.SessionLog(status=self._protos.SessionLog.START)))
         self._write(events)

@@ -53,15 +53,18 @@ shift; ulimit -f 0; exec "$@"
 
 
 def test_an_export_that_finds_no_room_ends_the_run_as_a_save_does_and_a_board_does_not(watched, prepared, place):
-    """A run that is done lacks both; its boards and its export go to a disk that is full."""
+    """A run that is done lacks both; its boards and its export, and what it prints, go to disks that are full."""
     full, folder = place / "full", place / "runs/tiny"
     full.mkdir()
     shutil.copytree(watched / "runs/tiny/checkpoints/14", folder / "checkpoints/14")
     shutil.copy(watched / "runs/tiny/metrics.jsonl", folder)
     (folder / "tensorboard").symlink_to(full)
     command = ["sh", "-c", FULL_FOLDER, "sh", str(full), *command_of(place), *BOARD, "--checkpoint.export", str(full / "out")]
-    out = subprocess.run(command, cwd=place, env=environ_of(prepared), capture_output=True, text=True, timeout=300)
-    assert out.returncode == 1 and "Traceback" not in out.stderr, out.stdout + out.stderr
+    with open("/dev/full", "w") as nowhere:
+        options = dict(stdout=nowhere, stderr=subprocess.PIPE, text=True, timeout=300)
+        out = subprocess.run(command, cwd=place, env=environ_of(prepared), **options)
+    assert out.returncode == 1 and "Traceback" not in out.stderr, out.stderr
+    assert out.stderr.count("the standard output takes no more lines, and the run goes on without: [Errno 28]") == 1
     board, error = [line for line in out.stderr.splitlines() if str(full) in line or "tensorboard" in line]
     assert re.search(
         r"^watch.tensorboard: .*tensorboard/events.* cannot be written: No space left on device: the run goes on", board
