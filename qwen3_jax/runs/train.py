@@ -120,13 +120,14 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
         )
         start, step, came_to = time.perf_counter() - begun, first, "failed"
         try:
-            with Stopping() as stopping, _no_refusals(lambda: loop.reached - first):
-                state, done = loop.run(state, progress, stopping)
+            with _no_refusals(lambda: loop.reached - first):
+                with Stopping() as stopping:
+                    state, done = loop.run(state, progress, stopping)
+                if done:
+                    begun = time.perf_counter()
+                    exports.last(state)
+                    loop.seconds["save"] += time.perf_counter() - begun
             step, came_to = int(state.step), "done" if done else "told to end"
-            if done:
-                begun = time.perf_counter()
-                exports.last(state)
-                loop.seconds["save"] += time.perf_counter() - begun
         finally:
             # Also of a run that stops by itself: what led to it is what one wants to see.
             seconds = dict(start=start, **loop.seconds)
