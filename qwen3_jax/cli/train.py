@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,21 +92,11 @@ def _train(run: "Run", console: "Console") -> int:
                 line += f"  MFU {figures['mfu']:.1%}"
             progress.update(task, completed=step + 1, description=line)
             if not console.is_terminal and (step + 1) % run.watch.every == 0:
-                said(line)
-
-        def said(line: str) -> None:
-            try:
-                progress.console.print(line)
-            except OSError as error:  # its disk is full, or what read it is gone
-                logger.warning("the standard output takes no more lines, and the run goes on without: %s", error)
-                # Also of what is still to be flushed, at the end of the process at the latest.
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, sys.stdout.fileno())
-                os.close(nowhere)
+                console.print(line)
 
         try:
-            with _one_error():
-                train(run, told, said)
+            with _one_error(), contextlib.redirect_stdout(cast(TextIO, _Spoken(sys.stdout))):
+                train(run, told, progress.console.print)
         except (TrainingError, TrainingCheckpointError) as error:
             cause = error.__cause__
             if isinstance(error, TrainingError) and cause is not None and not isinstance(cause, OSError) and not _ours(cause):
@@ -120,6 +110,36 @@ def _train(run: "Run", console: "Console") -> int:
             print(f"qwen3-jax train: {where} cannot be written: {error.strerror}: {accepted}", file=sys.stderr)
             return 1
     return 0
+
+
+class _Spoken:
+    """The standard output, which may end: its disk is full, or what read it is gone. That is told once, and the run goes on."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        with self._may_end():
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._may_end():
+            self._file.flush()
+
+    @contextlib.contextmanager
+    def _may_end(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            logger.warning("the standard output takes no more lines, and the run goes on without: %s", error)
+            # Also of what is still to be flushed, at the end of the process at the latest.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._file.fileno())
+            os.close(nowhere)
 
 
 def _ours(error: BaseException) -> bool:
