@@ -115,7 +115,7 @@ def _train(run: "Run", console: "Console") -> int:
 class _Spoken:
     """The standard output, which may end: its disk is full, or what read it is gone. That is told once, and the run goes on."""
 
-    def __init__(self, file: TextIO):
+    def __init__(self, file: Any):
         self._file = file
 
     def __getattr__(self, name: str) -> Any:
