@@ -56,7 +56,9 @@ def ended_well(found: Start, folder: Path, told: str) -> int:
     made = [[line["step"] for line in read_lines(folder / name_of("batches.jsonl", i))][-1] + 1 for i in range(2)]
     newest, unfinished = saves(folder / NAME)
     if made != [newest] * 2 or unfinished:
-        raise Fault(f"{told}: processes made steps up to {made}, and the newest checkpoint is {newest}, unfinished {unfinished}")
+        raise Fault(
+            f"{told}: processes made steps up to {made}, and the newest checkpoint is {newest}, unfinished {unfinished}"
+        )
     return newest
 
 
@@ -82,7 +84,9 @@ def run(place: Path, options: Options, console: Console) -> int:
     for number, (at, killed) in enumerate(TOLD):
         step = -1 if at == "compile.running" else newest + 2
         aim = Aim(2, at=number % 2, killed=killed, how=signal.SIGTERM)
-        found = start(ended, place / f"cache-{number}" if at == "compile.running" else cache, [], at, step, draw.uniform(0, 0.1), aim)
+        found = start(
+            ended, place / f"cache-{number}" if at == "compile.running" else cache, [], at, step, draw.uniform(0, 0.1), aim
+        )
         resumed = {one["step"] for one in found.of("resumed")}
         if not found.of("at") or resumed != ({newest} if newest else set()):
             raise Fault(f"told to end at {at}: gone on from {resumed}, and the newest was {newest}: see {ended}/said.txt")

@@ -36,11 +36,18 @@ class Aim:
         processes: how many there are, with DEVICES devices in all.
         at: the one that has to be at the place.
         killed: those that are killed then.
+        how: the signal; after SIGTERM they have to end by themselves, too.
     """
 
     processes: int = 1
     at: int = 0
     killed: tuple[int, ...] = (0,)
+    how: int = signal.SIGKILL
+
+    @property
+    def dead(self) -> tuple[int, ...]:
+        """Those that the signal itself ends."""
+        return self.killed if self.how == signal.SIGKILL else ()
 
 
 ALONE = Aim()
@@ -183,7 +190,7 @@ class _Team:
                 time.sleep(delay)
                 killed_at = self._kill()
                 deadline = killed_at + SURVIVE
-        rest = [process for i, process in enumerate(self._processes) if i not in self._aim.killed or killed_at is None]
+        rest = [process for i, process in enumerate(self._processes) if i not in self._aim.dead or killed_at is None]
         for process in rest:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
@@ -193,9 +200,9 @@ class _Team:
 
     def _kill(self) -> float:
         for i in self._aim.killed:
-            self._processes[i].kill()
+            self._processes[i].send_signal(self._aim.how)
         now = time.monotonic()
-        for i in self._aim.killed:
+        for i in self._aim.dead:
             self._processes[i].wait()
         for process in self._processes:  # one that is held at its place has to end by itself
             if process.poll() is None:

@@ -172,7 +172,10 @@ class Watchdog:
     def leave(self, code: int, reason: str) -> None:
         """As the function of this name."""
         if os.getpid() == self._pid:
-            self._code, self._leaving = code, f"exit code {code}" + (f": {_short(reason)}" if reason else ", its own log says why")
+            self._code, self._leaving = (
+                code,
+                f"exit code {code}" + (f": {_short(reason)}" if reason else ", its own log says why"),
+            )
 
     def _end_with(self, error: BaseException) -> NoReturn:
         text = _short(str(error))

@@ -9,7 +9,8 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class Checkpoints:
             keep_period=keep_every,
             cleanup_tmp_directories=True,
             create=True,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier()) if jax.process_count() > 1 else None,
         )
         self.folder = Path(folder)
         self._damaged: set[int] = set()
@@ -208,6 +210,23 @@ class Checkpoints:
             raise TrainingCheckpointError(
                 f"{self.folder}: {what} cannot be written: {reason}; whole ones there: {stand}"
             ) from error
+
+
+def _barrier() -> Callable[..., None]:
+    """Orbax's wait for all processes, but not by one whose save has just failed.
+
+    That one would wait in Orbax's clean-up for the others, who wait for its arrays: twenty minutes, until both give up. So it
+    raises its failure instead, ends at its next save, and the others with it.
+    """
+    wait = ocp.multihost.get_barrier_sync_fn()
+
+    def wait_unless_failed(*, key: str, timeout_ms: int) -> None:
+        # Of a `finally` too, within which this is called.
+        if (error := sys.exception()) is not None:
+            raise error
+        wait(key=key, timeout_ms=timeout_ms)
+
+    return wait_unless_failed
 
 
 def named_arrays(state: Any) -> dict[str, Any]:
