@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -221,8 +222,9 @@ def _barrier() -> Callable[..., None]:
     wait = ocp.multihost.get_barrier_sync_fn()
 
     def wait_unless_failed(*, key: str, timeout_ms: int) -> None:
-        # Of a `finally` too, within which this is called.
-        if (error := sys.exception()) is not None:
+        # Called in a `finally` of the thread that finalises, the exception still under way. A caller may save while it handles one.
+        error = sys.exception()
+        if error is not None and threading.current_thread() is not threading.main_thread():
             raise error
         wait(key=key, timeout_ms=timeout_ms)
 
