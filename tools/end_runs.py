@@ -1,6 +1,6 @@
-"""Tell a run of two processes to end (SIGTERM to one of them, or to both), and hold what it goes on to against a run without a stop.
+"""Tell a run of two processes to end by SIGTERM to one of them or to both, and hold what follows against a run without a stop.
 
-    python -m tools.end_runs [--steps 40] [--folder FOLDER]
+    python -m tools.end_runs [--steps 48] [--folder FOLDER]
 
 Told in a step, while it compiles, and while it writes an export: both processes have to save at the same step and exit with
 code 0. The run is started again after each, until it is done. Exit code 1 where anything differs.

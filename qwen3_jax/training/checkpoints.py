@@ -222,7 +222,7 @@ def _barrier() -> Callable[..., None]:
     wait = ocp.multihost.get_barrier_sync_fn()
 
     def wait_unless_failed(*, key: str, timeout_ms: int) -> None:
-        # Called in a `finally` of the thread that finalises, the exception still under way. A caller may save while it handles one.
+        # Called in a `finally` of the thread that finalises, an exception under way; a caller may save while it handles one.
         error = sys.exception()
         if error is not None and threading.current_thread() is not threading.main_thread():
             raise error
