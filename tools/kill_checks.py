@@ -28,16 +28,32 @@ def exports_differ(straight: Path, killed: Path, cache: Path, processes: int, ad
         for count in sorted({1, processes}):
             made.append(killed.parent / f"{form}-of-{count}")
             words = ["--checkpoint.export", str(made[-1]), "--checkpoint.export_form", form]
+            if count == processes:
+                kill_export(killed, cache, words, made[-1], count)
             ended = start(killed, cache, words, aim=Aim(count))
             if any(ended.codes):
                 raise Fault(f"the export of {count} processes ended with {ended.codes}: see {killed}/said.txt")
+            if left := sorted(killed.parent.glob(f".{made[-1].name}.*")):
+                raise Fault(f"after the export of {count} processes {left} are left")
         found += [f"{form}/{file}" for file in other_files(made[0], made[-1])]
         if form == "merged":
             found += [f"last/{file}" for file in other_files(made[0], killed / NAME / "exports" / names[1][-1])]
-    console.print(f"exports {', '.join(names[1])}; {' and '.join(forms)} by one process: {len(found)} files differ")
+    console.print(
+        f"exports {', '.join(names[1])}; {' and '.join(forms)} at the end, each killed twice, and by one process: "
+        f"{len(found)} files differ"
+    )
     for line in found[:10]:
         console.print(f"  {line}")
     return len(found)
+
+
+def kill_export(killed: Path, cache: Path, words: list[str], target: Path, processes: int) -> None:
+    """Kill the export at a run's end, amid its files and before it is renamed; a Fault where something has its name then."""
+    for place, at in (("export.writing", processes - 1), ("export.written", 0)):
+        dead = (processes - 1 - at,)
+        found = start(killed, cache, words, place, aim=Aim(processes, at, dead))
+        if not found.of("at") or found.orphans or target.exists():
+            raise Fault(f"the export at the end, killed at {place}: {found.codes}, {found.last}: see {killed}/said.txt")
 
 
 def alone_differs(straight: Path, cache: Path, console: Console) -> int:

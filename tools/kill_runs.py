@@ -191,7 +191,7 @@ def killed_run(folder: Path, cache: Path, options: Options, console: Console) ->
                 number, phase, place, at[0]["step"], round(found.seconds, 1), at[0]["thread"], not left,
                 newest, unfinished, found.orphans, aim.at, aim.killed, survived,
             )  # fmt: skip
-            kill.inside &= standing(kill, folder)
+            kill.inside &= standing(kill, folder, aim.processes > 1)
             kills.append(kill)
             expected = newest
             where = f"step {kill.step:4}  newest {newest:4}  {'inside' if kill.inside else 'too late'}"
@@ -238,7 +238,7 @@ def delay_of(place: str, draw: random.Random) -> float:
     return draw.uniform(0.0, 0.5 if place == "compile.running" else 0.2)
 
 
-def standing(kill: Kill, folder: Path) -> bool:
+def standing(kill: Kill, folder: Path, several: bool) -> bool:
     """Whether what lies on the disk is what the phase of a kill says."""
     if kill.phase not in ("save", "finalise"):
         return True
@@ -248,7 +248,11 @@ def standing(kill: Kill, folder: Path) -> bool:
     inside = folder / NAME / "checkpoints" / name
     files = [file.relative_to(inside) for file in inside.rglob("*") if file.is_file()]
     data = any(file.parent.name == "d" for file in files)
-    joined = any(file.name == "_METADATA" for file in files)  # written once all arrays are
+    joined = any(file.name == "_METADATA" for file in files)  # written once all arrays of process 0 are
+    if several and kill.phase == "save":  # the others have gone on
+        merged = any(file.name == "manifest.ocdbt" and "process" not in file.parent.name for file in files)
+        own = any(f"ocdbt.process_{kill.at}" in file.parts and file.parent.name == "d" for file in files)
+        return not merged and (data if kill.place == "save.writing" else not own)
     if kill.phase == "save":
         return not joined and data == (kill.place == "save.writing")
     item = any("tmp" in str(file) for file in files)
