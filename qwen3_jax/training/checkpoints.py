@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from qwen3_jax.checkpoint.together import Team
 from qwen3_jax.parallel.mesh import on_mesh_of
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Checkpoints:
         self.folder = Path(folder)
         self._damaged: set[int] = set()
         self._writing: int | None = None
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
+        handlers = {"state": _patient(ocp.PyTreeCheckpointHandler()), "run": _patient(ocp.JsonCheckpointHandler())}
         self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
@@ -131,11 +132,13 @@ class Checkpoints:
         """
         passed_over: dict[int, str] = {}
         wanted = named_arrays(like)
+        team = Team(jax.process_count(), jax.process_index())
         for step in reversed(self.steps()):
             self._check_names(step, wanted)
             restore_args = jax.tree.map(
                 lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype), wanted
             )
+            reason = ""
             try:
                 with on_mesh_of(like):
                     found = self._manager.restore(
@@ -144,13 +147,21 @@ class Checkpoints:
                             state=ocp.args.PyTreeRestore(wanted, restore_args=restore_args), run=ocp.args.JsonRestore()
                         ),
                     )
+                for item in ("state", "run"):
+                    if isinstance(found[item], _Failed):
+                        raise found[item].error
             except Exception as error:
                 # Orbax tells some failed reads as a bare Exception, whose cause is TensorStore's.
                 if not isinstance(error, BROKEN) and not isinstance(error.__cause__, BROKEN):
                     raise
-                self._damaged.add(step)
-                passed_over[step] = (str(error).splitlines() or [type(error).__name__])[0][:300]
+                found, reason = None, (str(error).splitlines() or [""])[0][:300] or type(error).__name__
                 logger.warning("checkpoint %d of %s cannot be read, an older one is taken: %s", step, self.folder, error)
+            # Each process reads its own shards: what one cannot read, all pass over, or they would go on from different steps.
+            bad = [(index, why) for index, why in enumerate(team.told(reason)) if why]
+            if found is None or bad:
+                self._damaged.add(step)
+                index, why = bad[0]
+                passed_over[step] = why if team.size == 1 else f"process {index} of {team.size}: {why}"
                 continue
             return Restored(step, _in_place(like, found["state"]), found["run"], passed_over)
         if passed_over:
@@ -211,6 +222,31 @@ class Checkpoints:
             raise TrainingCheckpointError(
                 f"{self.folder}: {what} cannot be written: {reason}; whole ones there: {stand}"
             ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failed:
+    """In the place of an item that a handler could not read."""
+
+    error: Exception
+
+
+def _patient(handler: Any) -> Any:
+    """A handler that gives back the error of a read and does not raise it.
+
+    After a read Orbax lets each process wait for the others. One that raised before would not be there, and its next wait, for
+    an older checkpoint, would be taken for that one.
+    """
+    read = handler.restore
+
+    def restore(*args: Any, **options: Any) -> Any:
+        try:
+            return read(*args, **options)
+        except Exception as error:  # judged, and raised, by `Checkpoints.restore`
+            return _Failed(error)
+
+    handler.restore = restore
+    return handler
 
 
 def _barrier() -> Callable[..., None]:
