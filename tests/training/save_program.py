@@ -1,17 +1,22 @@
-"""What tests/training/test_saves.py starts: two processes that save a small state, where the arrays of one cannot be written.
+"""What tests/training/test_saves.py starts: two processes that save a small state; one of them cannot read, and cannot write.
 
     python -m tests.training.save_program FOLDER
 
-Process 1's second save fails once it is under way, as a disk that is full makes it fail.
+Of the second checkpoint what process 1 has written is cut off; both restore. Then process 1's save of it fails once it is
+under way, as a disk that is full makes it fail.
 """
 
+import json
+import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 import qwen3_jax
@@ -43,16 +48,27 @@ def main() -> int:
     signal.alarm(200)  # a save that waits for ever
     processes = qwen3_jax.initialize(mesh="fsdp=-1", timeout=60)
     assert processes.mesh is not None
-    weight, scalar = np.zeros((4, 8), np.float32), np.zeros((), np.int32)
+    shape = (2, 2**16)  # smaller values would lie in the checkpoint's index
+    weight, scalar = np.random.default_rng(0).standard_normal(shape, np.float32), np.zeros((), np.int32)
     split, whole = (NamedSharding(processes.mesh, spec) for spec in (PartitionSpec("fsdp"), PartitionSpec()))
-    placed = jax.make_array_from_callback((4, 8), split, lambda index: weight[index])
+    placed = jax.make_array_from_callback(shape, split, lambda index: weight[index])
     at = jax.make_array_from_callback((), whole, lambda index: scalar[index])
     state = TrainState(step=at, params={"weight": placed}, opt_state={}, guard=Guard(at, at, at, at))
     try:
         with Checkpoints(sys.argv[1]) as checkpoints:
-            for step in (1, 2, 3, 4):
-                if (step, processes.id) == (2, 1):
-                    fail()
+            checkpoints.save(1, state, {})
+            checkpoints.save(2, state, {})
+            checkpoints.wait()
+            if processes.id == 1:
+                for file in Path(sys.argv[1]).glob("2/state/ocdbt.process_1/d/*"):
+                    os.truncate(file, file.stat().st_size // 2)
+            multihost_utils.sync_global_devices("cut off")
+            found = checkpoints.restore(state)
+            assert found is not None
+            print("restored", json.dumps([found.step, found.passed_over]), flush=True)
+            if processes.id == 1:
+                fail()
+            for step in (2, 3, 4):
                 checkpoints.save(step, state, {})
     except TrainingCheckpointError as error:
         print(f"refused {error}", flush=True)

@@ -1,13 +1,14 @@
-"""A save that fails on one of two real processes: both end, at the next save, by its reason."""
+"""Two real processes, one of which cannot read a checkpoint, and then not write it: both go on from one step, and both end."""
 
+import json
 import re
 import time
 
 from tests.parallel.launch import free_port, together
 
 
-def test_a_save_that_fails_on_one_process_ends_both(tmp_path):
-    """Orbax alone lets the one wait for the other, and the other for its arrays, for twenty minutes."""
+def test_what_one_of_two_processes_cannot_read_or_write(tmp_path):
+    """Else each would go on from a step of its own; and of a save Orbax lets the one wait for the other for twenty minutes."""
     common = {
         "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
         "JAX_NUM_PROCESSES": "2",
@@ -15,6 +16,10 @@ def test_a_save_that_fails_on_one_process_ends_both(tmp_path):
     }
     program = ["-m", "tests.training.save_program", str(tmp_path / "checkpoints")]
     with together([program] * 2, [common | {"JAX_PROCESS_ID": str(at)} for at in range(2)]) as (first, second):
+        restored = [json.loads(process.read_until("restored").removeprefix("restored")) for process in (first, second)]
+        assert restored[0] == restored[1]
+        step, passed_over = restored[0]
+        assert step == 1 and list(passed_over) == ["2"] and passed_over["2"].startswith("process 1 of 2: "), restored
         told = second.read_until("refused")
         since = time.monotonic()
         assert (first.end(), second.end()) == (1, 1)
