@@ -171,7 +171,7 @@ class Watchdog:
 
     def leave(self, code: int, reason: str) -> None:
         """As the function of this name."""
-        if os.getpid() == self._pid:
+        if os.getpid() == self._pid and self._leaving is None:
             self._code, self._leaving = (
                 code,
                 f"exit code {code}" + (f": {_short(reason)}" if reason else ", its own log says why"),
@@ -218,7 +218,7 @@ def leave(code: int, reason: str = "") -> None:
     """Say that this process is about to end without having done its part, by an exit code and not by an exception.
 
     Without this it would count as finished, and the others would wait for it. At the interpreter's end all of them end, and
-    their last line is the reason. Does nothing where there is one process.
+    their last line is the reason; of several calls the first one counts. Does nothing where there is one process.
 
     Args:
         code: that it exits with, not 0; the others exit with 1.
