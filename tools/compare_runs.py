@@ -1,7 +1,7 @@
 """What two runs of one file have made, held against each other: their journals, their batches, their last checkpoints.
 
 A run is named by its folder, which holds the metrics.jsonl and the checkpoints of `qwen3-jax train`, and by the batches.jsonl
-that tools/run_in_phases.py has written in the folder above.
+that tools/run_in_phases.py has written in the folder above, one file for each process.
 """
 
 import json
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from qwen3_jax.checkpoint.safetensors import read_header
 from qwen3_jax.training.journal import read_lines
 
 TIMES = ("time", "tokens_per_second", "mfu")  # figures of the journal that no two runs share
@@ -35,10 +36,11 @@ def curve(run: Path) -> list[dict[str, Any]]:
 
 
 def batches(run: Path) -> dict[int, set[str]]:
-    """The digests of the batches that each step was given, in all starts."""
+    """The digests of the batches that each step was given, in all starts; of several processes, what each has of a batch."""
     found: dict[int, set[str]] = {}
-    for line in read_lines(run.parent / "batches.jsonl"):
-        found.setdefault(line["step"], set()).add(line["digest"])
+    for file in sorted(run.parent.glob("batches*.jsonl")):
+        for line in read_lines(file):
+            found.setdefault(line["step"], set()).add(f"{file.stem} {line['digest']}")
     return found
 
 
@@ -71,3 +73,40 @@ def differences(one: Path, other: Path) -> list[str]:
         if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape or a.tobytes() != b.tobytes():
             found.append(f"array {name}")
     return found
+
+
+def apart(one: Path, other: Path) -> dict[str, float]:
+    """By how much each array of two runs' last checkpoints differs: the largest difference, by the array's largest value."""
+    arrays, others = last_checkpoint(one)[1], last_checkpoint(other)[1]
+    found = {}
+    for name in arrays.keys() | others.keys():
+        a, b = (np.asarray(there[name], np.float64) for there in (arrays, others))
+        found[name] = float(np.abs(a - b).max(initial=0.0) / max(np.abs(b).max(initial=0.0), 1e-30))
+    return found
+
+
+def exports_apart(one: Path, other: Path) -> dict[str, float]:
+    """By how much each tensor of two runs' exports on the way differs."""
+    found = {}
+    for file in sorted((one / "exports").glob("*/*.safetensors")):
+        name = file.relative_to(one)
+        there, others = read_header(file), read_header(other / name)
+        for tensor in there.keys() | others.keys():
+            a, b = (np.asarray(held[tensor].read(), np.float64) for held in (there, others))
+            found[f"{name} {tensor}"] = float(np.abs(a - b).max(initial=0.0))
+    return found
+
+
+def other_files(one: Path, other: Path) -> list[str]:
+    """The files of two folders that are not the same to the byte, or in one of them only."""
+    held = [
+        {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        for folder in (one, other)
+    ]
+    return sorted(name for name in held[0].keys() | held[1].keys() if held[0].get(name) != held[1].get(name))
+
+
+def losses_apart(one: Path, other: Path) -> list[float]:
+    """By how much the losses of two runs differ, step by step."""
+    lines, others = ([line["loss"] for line in curve(run)] for run in (one, other))
+    return [abs(a - b) for a, b in zip(lines, others, strict=True)]

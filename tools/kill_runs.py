@@ -1,6 +1,7 @@
-r"""Kill a run of training again and again, each time in the midst of something else, and hold it against a run without a stop.
+"""Kill a run of training again and again, each time in the midst of something else, and hold it against a run without a stop.
 
     python -m tools.kill_runs [--kills 57] [--steps 200] [--folder FOLDER] [--seed 0]
+    python -m tools.kill_runs --processes 2 [--export-every 10] [--adapters] [--only export]
 
 A small MoE model is trained on prepared text: two stages, a checkpoint every few steps. Three runs of the same file: one
 without a stop; one that is killed with SIGKILL and started again until it is done, at the places of tools/run_in_phases.py; and
@@ -8,11 +9,16 @@ one that is killed half way and goes on on another mesh. FOLDER/kills.jsonl has 
 step, the newest finalised checkpoint then, the step gone on from. Of the killed run the curve, each step's batch and the last
 checkpoint are compared to the bit; of the other mesh the batches to the bit and the curve within 1e-5. Exit code 1 where
 anything differs.
+
+With two processes one of them is at the place, and that one is killed, or the other, or both; a survivor has to end by itself,
+naming the dead. The other mesh is then that of one process, and one process also makes the whole run once: its curve within
+1e-5. Exports are held against those of the run without a stop and of one process that reads the last checkpoint, file by file.
 """
 
 import dataclasses
 import json
 import random
+import re
 import sys
 import tempfile
 import time
@@ -24,67 +30,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from qwen3_jax.data.prepare import prepare
-from qwen3_jax.data.worker import Work
-from tools.bench_data import texts
-from tools.compare_runs import batches, curve, differences, last_checkpoint, saves
-from tools.demo.corpus import train_tokenizer
-from tools.run_in_phases import AT_START, PLACES
-from tools.start_runs import Fault, Start, start
-
-NAME, EVERY = "killed", 4  # of the run; steps between saves
-RUN = """\
-name = "{name}"
-
-[model]
-preset = "qwen3-30b-a3b"
-compute_dtype = "float32"
-
-[model.config]
-vocab_size = 400
-hidden_size = 32
-num_hidden_layers = 1
-num_attention_heads = 4
-num_key_value_heads = 2
-head_dim = 16
-moe_intermediate_size = 24
-num_experts = 4
-num_experts_per_tok = 2
-max_position_embeddings = 128
-bos_token_id = 0
-eos_token_id = 1
-
-[mesh]
-axes = "fsdp=2,expert=2"
-
-[data.sources.functions]
-folder = "{place}/functions"
-
-[data.sources.files]
-folder = "{place}/files"
-
-[stages.short]
-tokens = {short}
-batch = 8
-seq = 64
-learning_rate = 3e-3
-warmup = 5120
-mixture = {{ functions = 0.75, files = 0.25 }}
-
-[stages.long]
-tokens = {long}
-batch = 4
-seq = 128
-rope_theta = 50000.0
-learning_rate = 1e-3
-mixture = {{ functions = 0.5, files = 0.5 }}
-
-[checkpoint]
-every = {every}
-
-[watch]
-every = 1
-"""
+from tools.compare_runs import batches, curve, differences, last_checkpoint, losses_apart, saves
+from tools.kill_checks import alone_differs, exports_differ
+from tools.run_in_phases import AT_START, EXPORTS, LEADERS, PLACES
+from tools.run_to_kill import EVERY, NAME, write_run
+from tools.start_runs import ALONE, Aim, Fault, Start, start
 
 
 @dataclasses.dataclass
@@ -101,6 +51,14 @@ class Options:
     """Of the order of places, and of how long a kill waits."""
     mesh: str = "data=2,expert=2"
     """The other mesh."""
+    processes: int = 1
+    """That carry a run out, 1 or 2; of two, one is killed, or both."""
+    export_every: int | None = None
+    """Steps between exports, which are then killed too; None: none."""
+    adapters: bool = False
+    """Train adapters on a frozen base."""
+    only: str = ""
+    """Kill only at places that begin so: "export"; empty: at all."""
 
 
 @dataclasses.dataclass
@@ -118,6 +76,9 @@ class Kill:
         newest: the newest finalised checkpoint then; 0 for none.
         unfinished: folders of saves that were not finalised, each with its files and bytes.
         orphans: processes of its session that outlived it.
+        at: the process that was at the place.
+        killed: the processes that were killed.
+        survived: seconds that another one lived on; None without one.
         resumed: the step that the next start which got so far went on from; 0 for the beginning.
     """
 
@@ -131,19 +92,45 @@ class Kill:
     newest: int
     unfinished: dict[str, list[int]]
     orphans: list[int]
+    at: int
+    killed: tuple[int, ...]
+    survived: float | None
     resumed: int | None = None
 
 
-def dealt(kills: int, draw: random.Random) -> list[str]:
-    """The places of all kills in order: first each one once, then by their shares; the first one is no start's."""
+def places_of(options: Options) -> dict[str, tuple[str, int, str]]:
+    """The places that there are for a run."""
+    there = PLACES | (EXPORTS if options.export_every is not None else {})
+    return {place: told for place, told in there.items() if place.startswith(options.only)}
+
+
+def dealt(options: Options, draw: random.Random) -> list[tuple[str, Aim]]:
+    """The kills in order: first each place once, then by their shares; the first one is no start's.
+
+    Of two processes all ways in which one can be there, and any be killed, take turns.
+    """
     rounds: list[tuple[float, str]] = []
-    for place, (_, count, _) in PLACES.items():
+    places = places_of(options)
+    for place, (_, count, _) in places.items():
         rounds += [(at / max(count - 1, 1) if at else -1.0, place) for at in range(count)]
     rounds.sort()
-    chosen = [rounds[at % len(rounds)][1] for at in range(kills)]
+    chosen, turns = [], Counter(dict(zip(places, range(len(places)), strict=True)))
+    for number in range(options.kills):
+        place = rounds[number % len(rounds)][1]
+        ways = ways_of(place, options.processes)
+        chosen.append((place, ways[turns[place] % len(ways)]))
+        turns[place] += 1
     draw.shuffle(chosen)
-    first = next((at for at, place in enumerate(chosen) if not place.startswith(AT_START)), 0)
+    first = next((at for at, (place, _) in enumerate(chosen) if not place.startswith(AT_START)), 0)
     return [chosen.pop(first), *chosen]
+
+
+def ways_of(place: str, processes: int) -> list[Aim]:
+    """Who can be at a place, and who is killed then."""
+    if processes == 1:
+        return [ALONE]
+    there = (0,) if place.startswith(LEADERS) else (0, 1)
+    return [Aim(processes, at, killed) for at in there for killed in ((1 - at,), (at,), (0, 1))]
 
 
 def killed_run(folder: Path, cache: Path, options: Options, console: Console) -> list[Kill]:
@@ -163,7 +150,7 @@ def killed_run(folder: Path, cache: Path, options: Options, console: Console) ->
     """
     folder.mkdir()
     draw = random.Random(options.seed)
-    places = dealt(options.kills, draw)
+    places = dealt(options, draw)
     # At the first kill a checkpoint is whole, for the second one's save waits for it; after the last one saves are to come.
     first, last = 2 * EVERY + 1, options.steps - 3 * EVERY
     kills: list[Kill] = []
@@ -177,7 +164,7 @@ def killed_run(folder: Path, cache: Path, options: Options, console: Console) ->
                     log.write(json.dumps(dataclasses.asdict(kill)) + "\n")
             log.flush()
 
-        for number, place in enumerate(places, 1):
+        for number, (place, aim) in enumerate(places, 1):
             early = place.startswith(AT_START)
             step = -1 if early else first + (last - first) * number // len(places)
             # A cut-off entry of the cache is there for the next start to find.
@@ -188,37 +175,57 @@ def killed_run(folder: Path, cache: Path, options: Options, console: Console) ->
                 cache_now = folder / f"cache-{number - 1}"
             else:
                 cache_now = cache
-            found = start(folder, cache_now, [], place, step, delay_of(place, draw))
+            found = start(folder, cache_now, [], place, step, delay_of(place, draw), aim)
             resume_checked(found, expected, resume)
             at = found.of("at")
-            if found.code != -9 or not at:
-                raise Fault(f"kill {number} at {place}: the start ended with {found.code} before it: see {folder}/said.txt")
+            if not at or any(found.codes[i] != -9 for i in aim.killed):
+                raise Fault(f"kill {number} at {place}: the start ended with {found.codes} before it: see {folder}/said.txt")
+            survivors_checked(found, aim, f"kill {number} at {place}")
             newest, unfinished = saves(folder / NAME)
-            left = any(message["place"] == place for message in found.of("left")) and place.endswith("running")
+            # A survivor may come to the phase's end before it hears of the kill.
+            ended = [message for message in found.of("left") if message["process"] == aim.at]
+            ended = [message for message in ended if aim.at in aim.killed or not message["after"]]
+            left = any(message["place"] == place for message in ended) and place.endswith("running")
+            phase, survived = places_of(options)[place][0], None if found.survived is None else round(found.survived, 2)
             kill = Kill(
-                number, PLACES[place][0], place, at[0]["step"], round(found.seconds, 1), at[0]["thread"], not left,
-                newest, unfinished, found.orphans,
+                number, phase, place, at[0]["step"], round(found.seconds, 1), at[0]["thread"], not left,
+                newest, unfinished, found.orphans, aim.at, aim.killed, survived,
             )  # fmt: skip
-            kill.inside &= standing(kill, folder)
+            kill.inside &= standing(kill, folder, aim.processes > 1)
             kills.append(kill)
             expected = newest
             where = f"step {kill.step:4}  newest {newest:4}  {'inside' if kill.inside else 'too late'}"
+            if aim.processes > 1:
+                ends = "" if kill.survived is None else f", the other ended after {kill.survived:.2f} s"
+                where += f"  process {aim.at} there, killed {', '.join(map(str, aim.killed))}{ends}"
             console.print(f"{number:3}  {place:17} {where}  {found.seconds:.1f} s")
             if found.orphans:
                 raise Fault(f"kill {number} at {place}: processes {found.orphans} are left")
-        found = start(folder, cache, [])
+        found = start(folder, cache, [], aim=Aim(options.processes))
         resume_checked(found, expected, resume)
-        if found.code:
-            raise Fault(f"the last start ended with {found.code}: see {folder}/said.txt")
+        if any(found.codes):
+            raise Fault(f"the last start ended with {found.codes}: see {folder}/said.txt")
     return kills
+
+
+def survivors_checked(found: Start, aim: Aim, kill: str) -> None:
+    """A Fault where a process that was not killed did not end with code 1 and a last line that names the dead one."""
+    for i in set(range(aim.processes)) - set(aim.killed):
+        (dead,) = aim.killed
+        named = (
+            rf"process {dead} of {aim.processes} on \S+ \(pid {found.pids[dead]}\) died: its connection closed without a word"
+        )
+        if found.codes[i] != 1 or not re.fullmatch(named, found.last[i]):
+            raise Fault(f"{kill}: process {i} ended with {found.codes[i]} and the words {found.last[i]!r}")
 
 
 def resume_checked(found: Start, expected: int | None, resume: Any) -> None:
     """Note where a start went on, if it came so far; a Fault where it was not the newest finalised checkpoint."""
     told = found.of("resumed")
     if told:
-        if told[0]["step"] != expected or told[0]["passed_over"]:
-            raise Fault(f"the newest finalised checkpoint was {expected}, and the run went on with {told[0]}")
+        for one in told:
+            if one["step"] != expected or one["passed_over"]:
+                raise Fault(f"the newest finalised checkpoint was {expected}, and the run went on with {one}")
         resume(expected)
     elif expected == 0:
         resume(0)
@@ -231,7 +238,7 @@ def delay_of(place: str, draw: random.Random) -> float:
     return draw.uniform(0.0, 0.5 if place == "compile.running" else 0.2)
 
 
-def standing(kill: Kill, folder: Path) -> bool:
+def standing(kill: Kill, folder: Path, several: bool) -> bool:
     """Whether what lies on the disk is what the phase of a kill says."""
     if kill.phase not in ("save", "finalise"):
         return True
@@ -241,35 +248,48 @@ def standing(kill: Kill, folder: Path) -> bool:
     inside = folder / NAME / "checkpoints" / name
     files = [file.relative_to(inside) for file in inside.rglob("*") if file.is_file()]
     data = any(file.parent.name == "d" for file in files)
-    joined = any(file.name == "_METADATA" for file in files)  # written once all arrays are
+    joined = any(file.name == "_METADATA" for file in files)  # written once all arrays of process 0 are
+    if several and kill.phase == "save":  # the others have gone on
+        merged = any(file.name == "manifest.ocdbt" and "process" not in file.parent.name for file in files)
+        own = any(f"ocdbt.process_{kill.at}" in file.parts and file.parent.name == "d" for file in files)
+        return not merged and (data if kill.place == "save.writing" else not own)
     if kill.phase == "save":
         return not joined and data == (kill.place == "save.writing")
     item = any("tmp" in str(file) for file in files)
     return joined and item == (kill.place == "finalise.written")
 
 
-def prepare_data(place: Path) -> None:
-    """Two sources of the standard library's text, tokenised."""
-    files, functions = texts()
-    train_tokenizer([[{"content": text}] for text in functions[:400]], 400, place / "tokenizer")
-    for name, found in (("functions", functions[:3000]), ("files", files[:60])):
-        lines = [json.dumps({"text": text}) + "\n" for text in found if text.strip()]
-        (place / f"{name}.jsonl").write_text("".join(lines), "utf-8")
-        prepare([str(place / f"{name}.jsonl")], place / name, Work(str(place / "tokenizer")), workers=0)
-
-
-def summary(kills: list[Kill], console: Console) -> None:
+def summary(kills: list[Kill], options: Options, console: Console) -> None:
     """The kills by place."""
     table = Table("phase", "killed while", "kills", "inside", "steps", title=f"{len(kills)} kills")
-    counts, inside = Counter(kill.place for kill in kills), Counter(kill.place for kill in kills if kill.inside)
-    for place, (phase, _, meaning) in PLACES.items():
-        steps = ", ".join(str(kill.step) for kill in kills if kill.place == place)
-        table.add_row(phase, meaning, str(counts[place]), str(inside[place]), steps)
+    several = options.processes > 1
+    if several:
+        table.add_column("process there > killed: seconds that the other lived on")
+    for place, (phase, _, meaning) in places_of(options).items():
+        here = [kill for kill in kills if kill.place == place]
+        row = [
+            phase,
+            meaning,
+            str(len(here)),
+            str(sum(kill.inside for kill in here)),
+            ", ".join(str(kill.step) for kill in here),
+        ]
+        if several:
+            row.append("; ".join(_told(kill) for kill in here))
+        table.add_row(*row)
     console.print(table)
+    lived = [kill.survived for kill in kills if kill.survived is not None]
+    if lived:
+        console.print(f"{len(lived)} processes outlived the other, by {min(lived):.2f} to {max(lived):.2f} s")
+
+
+def _told(kill: Kill) -> str:
+    lived = "" if kill.survived is None else f": {kill.survived:.2f}"
+    return f"{kill.at} > {'both' if len(kill.killed) > 1 else kill.killed[0]}{lived}"
 
 
 def run(place: Path, options: Options, console: Console) -> int:
-    """All three runs in a folder.
+    """All runs in a folder.
 
     Args:
         place: the folder.
@@ -280,18 +300,16 @@ def run(place: Path, options: Options, console: Console) -> int:
         How many differences there are.
     """
     begun = time.monotonic()
-    prepare_data(place)
-    half = options.steps // 2
-    sizes = dict(short=half * 512, long=(options.steps - half) * 512)
-    (place / "run.toml").write_text(RUN.format(name=NAME, place=place, every=EVERY, **sizes))
+    write_run(place, options.steps, adapters=options.adapters, export_every=options.export_every)
+    half, team = options.steps // 2, Aim(options.processes)
     straight, killed, moved, cache = (place / name for name in ("straight", "killed", "moved", "cache"))
     straight.mkdir()
-    found = start(straight, cache, [])
-    if found.code:
-        raise Fault(f"the run without a stop ended with {found.code}: see {straight}/said.txt")
+    found = start(straight, cache, [], aim=team)
+    if any(found.codes):
+        raise Fault(f"the run without a stop ended with {found.codes}: see {straight}/said.txt")
     console.print(f"{options.steps} steps without a stop: {found.seconds:.1f} s")
     kills = killed_run(killed, cache, options, console)
-    summary(kills, console)
+    summary(kills, options, console)
     differ = differences(straight / NAME, killed / NAME)
     losses = [line["loss"] for line in curve(straight / NAME)]
     console.print(f"loss {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last of {len(losses)}")
@@ -304,23 +322,27 @@ def run(place: Path, options: Options, console: Console) -> int:
         console.print(f"  {line}")
     not_inside = [kill.number for kill in kills if not kill.inside]
     console.print(f"kills whose phase was over when the process had ended: {not_inside or 'none'}")
+    wrong = len(differ)
+    if options.export_every is not None:
+        wrong += exports_differ(straight, killed, cache, options.processes, options.adapters, console)
+    if options.processes > 1:
+        wrong += alone_differs(straight, cache, console)
 
     moved.mkdir()
-    found = start(moved, cache, [], "step.running", half)
+    found = start(moved, cache, [], "step.running", half, aim=Aim(options.processes, killed=tuple(range(options.processes))))
     rest = start(moved, cache, ["--mesh.axes", options.mesh])
-    if found.code != -9 or rest.code:
-        raise Fault(f"the run on two meshes ended with {found.code} and {rest.code}: see {moved}/said.txt")
+    if any(code != -9 for code in found.codes) or rest.code:
+        raise Fault(f"the run on two meshes ended with {found.codes} and {rest.code}: see {moved}/said.txt")
     first = rest.of("resumed")[0]["step"]
-    others = [line["loss"] for line in curve(moved / NAME)]
-    apart = [abs(a - b) for a, b in zip(losses, others, strict=True)]
-    same = batches(straight / NAME) == batches(moved / NAME)
+    apart_by = losses_apart(straight / NAME, moved / NAME)
+    same = options.processes > 1 or batches(straight / NAME) == batches(moved / NAME)
     console.print(
         f"killed at step {found.of('at')[0]['step']} and gone on from {first} on {options.mesh}: losses differ by up to "
-        f"{max(apart):.1e} (up to {max(apart[first : first + 10]):.1e} in the next ten steps), batches are "
-        f"{'the same' if same else 'not the same'}"
+        f"{max(apart_by):.1e} (up to {max(apart_by[first : first + 10]):.1e} in the next ten steps), batches are "
+        f"{'of other processes' if options.processes > 1 else 'the same' if same else 'not the same'}"
     )
     console.print(f"{time.monotonic() - begun:.0f} s in all")
-    return len(differ) + (not same) + (max(apart) > 1e-5)
+    return wrong + (not same) + (max(apart_by) > 1e-5)
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -38,6 +39,21 @@ PLACES: dict[str, tuple[str, int, str]] = {
     "start.noted": ("start", 2, "half of under_way.json is written"),
 }
 """Where a run can be killed: the phase that it counts for, how often of fifty-seven kills, and what it is in the midst of."""
+
+EXPORTS: dict[str, tuple[str, int, str]] = {
+    "export.begun": ("export", 3, "its files are laid out, this process has written nothing"),
+    "export.writing": ("export", 6, "some of this process's shares are written"),
+    "export.written": ("export", 4, "all of this process's shares are written, the folder is not in its place"),
+    "export.placed": ("export", 2, "in its place, the oldest is still there"),
+    "export.removing": ("export", 2, "in its place, half of the oldest is deleted"),
+}
+"""The same where the run writes exports on the way."""
+
+LEADERS = ("finalise", "renamed", "compile.cached", "journal", "start", "export.placed", "export.removing")
+"""Phases and places that process 0 alone comes to."""
+
+EXPORT = re.compile(r"\.step-\d+\.[0-9a-f]{8}\.part")
+SHARES = 3  # of an export that are written when it counts as begun
 
 AT_START = ("restore", "compile", "start", "journal.anew")
 """Phases and places that come before the first step."""
@@ -94,6 +110,7 @@ def install(phases: Phases, batches: Path) -> None:
     _steps(phases, batches)
     _restores(phases)
     _files(phases)
+    _exports(phases)
 
 
 def _saves(phases: Phases) -> None:
@@ -136,9 +153,13 @@ def _saves(phases: Phases) -> None:
         rename(source, target, **options)
         if checkpoint:
             phases.stop("renamed.kept")
+        elif EXPORT.fullmatch(Path(source).name):
+            phases.stop("export.placed")
 
     def rmtree_in_phases(path: Any, *args: Any, **options: Any) -> None:
-        if Path(path).name.isdigit() and phases.met("renamed.deleting"):
+        name = Path(path).name
+        removing = "renamed.deleting" if name.isdigit() else "export.removing" if name.endswith(".removed") else None
+        if removing is not None and phases.met(removing):
             files = sorted(file for file in Path(path).rglob("*") if file.is_file())
             for file in files[: len(files) // 2]:
                 file.unlink()
@@ -149,6 +170,33 @@ def _saves(phases: Phases) -> None:
     _put(ocp.PyTreeCheckpointHandler, finalize=finalize_in_phases)
     _put(os, rename=rename_in_phases)
     _put(shutil, rmtree=rmtree_in_phases)
+
+
+def _exports(phases: Phases) -> None:
+    """Exports: each process writes its shares into one folder, and process 0 puts it in its place."""
+    from qwen3_jax.checkpoint import folder, tensor
+
+    write, sync = tensor.write_all, folder._sync
+    count = 0  # writes of this process into the export at hand
+
+    def write_in_phases(*args: Any, **options: Any) -> Any:
+        nonlocal count
+        if count == 0:
+            phases.met("export.told")  # and goes on, for tools/end_runs.py
+            phases.stop("export.begun")
+        if count == SHARES:
+            phases.stop("export.writing")
+        count += 1
+        return write(*args, **options)
+
+    def sync_in_phases(place: Path) -> None:
+        nonlocal count
+        count = 0
+        sync(place)
+        phases.stop("export.written")
+
+    _put(tensor, write_all=write_in_phases)
+    _put(folder, _sync=sync_in_phases)
 
 
 def _data(phases: Phases) -> None:
@@ -265,7 +313,8 @@ def _files(phases: Phases) -> None:
 
     def init_in_phases(self: Any, *args: Any, **options: Any) -> None:
         init(self, *args, **options)
-        self._file = Lines(self._file)
+        if self._file is not None:  # process 0 writes
+            self._file = Lines(self._file)
 
     def replace_in_phases(source: Any, target: Any, **options: Any) -> None:
         if Path(target).name == "metrics.jsonl":
@@ -290,14 +339,18 @@ def _put(owner: Any, **functions: Any) -> None:
 
 
 def _digest(batch: Any) -> str:
-    """Of all of a batch's arrays, whatever devices hold them."""
+    """Of all of a batch's arrays, whatever devices hold them; of several processes, of what this one holds."""
     import jax
     import numpy as np
 
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(batch):
-        array = np.asarray(leaf)
-        digest.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
+        if leaf.is_fully_addressable:
+            arrays = [np.asarray(leaf)]
+        else:
+            arrays = [np.asarray(shard.data) for shard in sorted(leaf.addressable_shards, key=lambda shard: shard.device.id)]
+        for array in arrays:
+            digest.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
     return digest.hexdigest()[:16]
 
 

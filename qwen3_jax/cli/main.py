@@ -37,14 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qwen3-jax: unknown command {words[0]!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     command = importlib.import_module(f"qwen3_jax.cli.{words[0]}")
+    reason = ""
     try:
-        return command.main(words[1:])
+        code = command.main(words[1:])
     except KeyboardInterrupt:
-        return 130
+        code = 130
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         # What the API refuses at its door; anything else is a fault of ours and keeps its traceback.
-        print(f"qwen3-jax {words[0]}: {error}", file=sys.stderr)
-        return 2
+        reason = f"qwen3-jax {words[0]}: {error}"
+        print(reason, file=sys.stderr)
+        code = 2
+    if code:
+        # Of several processes the others may be waiting for this one.
+        from qwen3_jax.parallel.watchdog import leave
+
+        leave(code, reason)
+    return code
 
 
 def _help() -> str:

@@ -50,9 +50,13 @@ class Watchdog:
         self._last_words, self._flushed = threading.Event(), threading.Event()
         self._pid = os.getpid()
         self._hook = sys.excepthook
+        self._leaving: str | None = None
+        self._code = EXIT_CODE
 
     def start(self) -> None:
         """Begin to watch, and to tell the others how this process ends."""
+        global _watchdog
+        _watchdog = self
         self._wake.setblocking(False)
         self._woken.setblocking(False)
         sys.excepthook = self._uncaught
@@ -150,7 +154,7 @@ class Watchdog:
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
         os.write(error, f"{last}\n".encode())
-        os._exit(EXIT_CODE)
+        os._exit(self._code)
 
     def _flush(self) -> None:
         """Write out what was printed: in a thread of its own, for another one may hold a stream's lock for ever."""
@@ -165,11 +169,22 @@ class Watchdog:
         if os.getpid() == self._pid:
             self._end_with(error)
 
+    def leave(self, code: int, reason: str) -> None:
+        """As the function of this name."""
+        if os.getpid() == self._pid and self._leaving is None:
+            self._code, self._leaving = (
+                code,
+                f"exit code {code}" + (f": {_short(reason)}" if reason else ", its own log says why"),
+            )
+
     def _end_with(self, error: BaseException) -> NoReturn:
-        text = " ".join(str(error).split())[:300]
-        self._say(error=f"ended with {type(error).__name__}" + (f": {text}" if text else ""))
+        text = _short(str(error))
+        self._end_early(type(error).__name__, f": {text}" if text else "")
+
+    def _end_early(self, what: str, more: str = "") -> NoReturn:
+        self._say(error=f"ended with {what}{more}")
         time.sleep(self._heartbeat + 2 * GRACE)  # the thread ends the process before
-        self._end_process(f"{self._peers[self._me]} ended with {type(error).__name__}, and process 0 did not answer")
+        self._end_process(f"{self._peers[self._me]} ended with {what}, and process 0 did not answer")
 
     def _finish(self) -> None:
         """At the interpreter's end, before jax leaves its service: wait until all processes are here."""
@@ -178,6 +193,8 @@ class Watchdog:
         # Kept by the interpreter of an exception that nobody caught, also where another hook took the place of ours.
         if (error := getattr(sys, "last_exc", None)) is not None:
             self._end_with(error)
+        if self._leaving is not None:
+            self._end_early(self._leaving)
         self._say(finished=True)
         if not self._all_finished.wait(FINISH):
             self._say(error=f"finished {FINISH:g} s ago and others did not: does one of them wait for it?")
@@ -192,6 +209,27 @@ class Watchdog:
         for line in self._lines.values():
             line.close()
         sys.excepthook = self._hook
+
+
+_watchdog: Watchdog | None = None  # of this process, once it watches
+
+
+def leave(code: int, reason: str = "") -> None:
+    """Say that this process is about to end without having done its part, by an exit code and not by an exception.
+
+    Without this it would count as finished, and the others would wait for it. At the interpreter's end all of them end, and
+    their last line is the reason; of several calls the first one counts. Does nothing where there is one process.
+
+    Args:
+        code: that it exits with, not 0; the others exit with 1.
+        reason: why, in a line.
+    """
+    if _watchdog is not None:
+        _watchdog.leave(code, reason)
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split())[:300]
 
 
 def patient_abort() -> None:

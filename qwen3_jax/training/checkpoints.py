@@ -9,13 +9,16 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Mapping
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from qwen3_jax.checkpoint.together import Team
 from qwen3_jax.parallel.mesh import on_mesh_of
 
 logger = logging.getLogger(__name__)
@@ -66,11 +69,12 @@ class Checkpoints:
             keep_period=keep_every,
             cleanup_tmp_directories=True,
             create=True,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier()) if jax.process_count() > 1 else None,
         )
         self.folder = Path(folder)
         self._damaged: set[int] = set()
         self._writing: int | None = None
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
+        handlers = {"state": _patient(ocp.PyTreeCheckpointHandler()), "run": _patient(ocp.JsonCheckpointHandler())}
         self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
@@ -133,11 +137,13 @@ class Checkpoints:
         """
         passed_over: dict[int, str] = {}
         wanted = named_arrays(like)
+        team = Team(jax.process_count(), jax.process_index())
         for step in reversed(self.steps()):
             self._check_names(step, wanted)
             restore_args = jax.tree.map(
                 lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype), wanted
             )
+            reason = ""
             try:
                 with on_mesh_of(like):
                     found = self._manager.restore(
@@ -146,13 +152,21 @@ class Checkpoints:
                             state=ocp.args.PyTreeRestore(wanted, restore_args=restore_args), run=ocp.args.JsonRestore()
                         ),
                     )
+                for item in ("state", "run"):
+                    if isinstance(found[item], _Failed):
+                        raise found[item].error
             except Exception as error:
                 # Orbax tells some failed reads as a bare Exception, whose cause is TensorStore's.
                 if not isinstance(error, BROKEN) and not isinstance(error.__cause__, BROKEN):
                     raise
-                self._damaged.add(step)
-                passed_over[step] = (str(error).splitlines() or [type(error).__name__])[0][:300]
+                found, reason = None, (str(error).splitlines() or [""])[0][:300] or type(error).__name__
                 logger.warning("checkpoint %d of %s cannot be read, an older one is taken: %s", step, self.folder, error)
+            # Each process reads its own shards: what one cannot read, all pass over, or they would go on from different steps.
+            bad = [(index, why) for index, why in enumerate(team.told(reason)) if why]
+            if found is None or bad:
+                self._damaged.add(step)
+                index, why = bad[0]
+                passed_over[step] = why if team.size == 1 else f"process {index} of {team.size}: {why}"
                 continue
             return Restored(step, _in_place(like, found["state"]), found["run"], passed_over)
         if passed_over:
@@ -213,6 +227,49 @@ class Checkpoints:
             raise TrainingCheckpointError(
                 f"{self.folder}: {what} cannot be written: {reason}; whole ones there: {stand}"
             ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failed:
+    """In the place of an item that a handler could not read."""
+
+    error: Exception
+
+
+def _patient(handler: Any) -> Any:
+    """A handler that gives back the error of a read and does not raise it.
+
+    After a read Orbax lets each process wait for the others. One that raised before would not be there, and its next wait, for
+    an older checkpoint, would be taken for that one.
+    """
+    read = handler.restore
+
+    def restore(*args: Any, **options: Any) -> Any:
+        try:
+            return read(*args, **options)
+        except Exception as error:  # judged, and raised, by `Checkpoints.restore`
+            return _Failed(error)
+
+    handler.restore = restore
+    return handler
+
+
+def _barrier() -> Callable[..., None]:
+    """Orbax's wait for all processes, but not by one whose save has just failed.
+
+    That one would wait in Orbax's clean-up for the others, who wait for its arrays: twenty minutes, until both give up. So it
+    raises its failure instead, ends at its next save, and the others with it.
+    """
+    wait = ocp.multihost.get_barrier_sync_fn()
+
+    def wait_unless_failed(*, key: str, timeout_ms: int) -> None:
+        # Called in a `finally` of the thread that finalises, an exception under way; a caller may save while it handles one.
+        error = sys.exception()
+        if error is not None and threading.current_thread() is not threading.main_thread():
+            raise error
+        wait(key=key, timeout_ms=timeout_ms)
+
+    return wait_unless_failed
 
 
 def named_arrays(state: Any) -> dict[str, Any]:

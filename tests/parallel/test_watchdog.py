@@ -72,6 +72,18 @@ def test_an_exception_ends_all_and_is_named(who, how):
         assert ("Traceback" in processes[who].errors()) == (how == "raise")
 
 
+@pytest.mark.parametrize("who", [0, 1])
+def test_who_leaves_by_an_exit_code_ends_all_and_is_named(who):
+    """And does not count as finished: the others would wait for it."""
+    with watched(2) as processes:
+        for process in processes:
+            process.read_until("together")
+        processes[who].tell("leave")
+        assert [process.end() for process in processes] == [3 if i == who else 1 for i in range(2)]
+        expected = f"process {who} of 2 on {HOST} (pid {processes[who].pid}) ended with exit code 3: no folder of this name"
+        assert [process.errors() for process in processes] == [f"{expected}\n"] * 2
+
+
 def test_a_death_is_blamed_and_not_the_error_it_leads_to():
     with watched(3) as processes:
         for process in processes:

@@ -10,7 +10,7 @@ import time
 
 from qwen3_jax.parallel.launchers import Place
 from qwen3_jax.parallel.rendezvous import meet
-from qwen3_jax.parallel.watchdog import Watchdog, patient_abort
+from qwen3_jax.parallel.watchdog import Watchdog, leave, patient_abort
 
 
 def main() -> None:
@@ -28,6 +28,9 @@ def main() -> None:
             case "raise unseen":
                 sys.excepthook = lambda *_: None  # as libraries do that print traces in colour
                 raise ValueError("bad luck")
+            case "leave":
+                leave(3, "no folder\nof this name")
+                sys.exit(3)
             case "abort":
                 ctypes.CDLL(None).abort()  # without the interpreter's lock, as a thread of C++ does
             case "fork":

@@ -1,0 +1,122 @@
+"""Tell a run of two processes to end by SIGTERM to one of them or to both, and hold what follows against a run without a stop.
+
+    python -m tools.end_runs [--steps 48] [--folder FOLDER]
+
+Told in a step, while it compiles, and while it writes an export: both processes have to save at the same step and exit with
+code 0. The run is started again after each, until it is done. Exit code 1 where anything differs.
+"""
+
+import dataclasses
+import random
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from qwen3_jax.training.journal import read_lines
+from tools.compare_runs import differences, saves
+from tools.run_to_kill import NAME, write_run
+from tools.start_runs import Aim, Fault, Start, name_of, start
+
+EXPORT_EVERY = 5
+TOLD = [(place, killed) for place in ("step.running", "compile.running", "export.told") for killed in ((0,), (1,), (0, 1))]
+
+
+@dataclasses.dataclass
+class Options:
+    """What is run."""
+
+    steps: int = 48
+    """Of the run; it is told to end nine times in them."""
+    folder: Path | None = None
+    """Where runs and logs go, made anew; None: a temporary one, removed at the end."""
+    seed: int = 0
+    """Of how long a signal waits."""
+
+
+def ended_well(found: Start, folder: Path, told: str) -> int:
+    """The step that a start has saved at.
+
+    Args:
+        found: how it ended.
+        folder: its output.
+        told: names the start.
+
+    Returns:
+        The step.
+
+    Raises:
+        Fault: an exit code that is not 0, or steps that one process has made and the other not.
+    """
+    if any(found.codes) or found.orphans:
+        raise Fault(f"{told}: ended with {found.codes}, left {found.orphans}: see {folder}/said.txt")
+    made = [[line["step"] for line in read_lines(folder / name_of("batches.jsonl", i))][-1] + 1 for i in range(2)]
+    newest, unfinished = saves(folder / NAME)
+    if made != [newest] * 2 or unfinished:
+        raise Fault(
+            f"{told}: processes made steps up to {made}, and the newest checkpoint is {newest}, unfinished {unfinished}"
+        )
+    return newest
+
+
+def run(place: Path, options: Options, console: Console) -> int:
+    """All starts in a folder.
+
+    Args:
+        place: the folder.
+        options: of the tool.
+        console: where it is told.
+
+    Returns:
+        How many differences there are.
+    """
+    write_run(place, options.steps, export_every=EXPORT_EVERY)
+    straight, ended, cache, draw = place / "straight", place / "ended", place / "cache", random.Random(options.seed)
+    for folder in (straight, ended):
+        folder.mkdir()
+    found = start(straight, cache, [], aim=Aim(2))
+    if any(found.codes):
+        raise Fault(f"the run without a stop ended with {found.codes}: see {straight}/said.txt")
+    newest = 0
+    for number, (at, killed) in enumerate(TOLD):
+        step = -1 if at == "compile.running" else newest + 2
+        aim = Aim(2, at=number % 2, killed=killed, how=signal.SIGTERM)
+        found = start(
+            ended, place / f"cache-{number}" if at == "compile.running" else cache, [], at, step, draw.uniform(0, 0.1), aim
+        )
+        resumed = {one["step"] for one in found.of("resumed")}
+        if not found.of("at") or resumed != ({newest} if newest else set()):
+            raise Fault(f"told to end at {at}: gone on from {resumed}, and the newest was {newest}: see {ended}/said.txt")
+        newest = ended_well(found, ended, f"told to end at {at}")
+        console.print(
+            f"{at:16} SIGTERM to {' and '.join(map(str, killed))}: told in step {found.of('at')[0]['step']}, saved after "
+            f"{newest} steps, both ended {found.survived:.2f} s after the signal with code 0"
+        )
+    found = start(ended, cache, [], aim=Aim(2))
+    if any(found.codes):
+        raise Fault(f"the last start ended with {found.codes}: see {ended}/said.txt")
+    differ = differences(straight / NAME, ended / NAME)
+    console.print(f"against the run without a stop: {len(differ)} differences {differ[:10] or ''}")
+    return len(differ)
+
+
+def main() -> int:
+    """Run it."""
+    options = tyro.cli(Options, description=__doc__)
+    console = Console(width=150, highlight=False)
+    try:
+        if options.folder is not None:
+            options.folder.mkdir(parents=True)
+            return 1 if run(options.folder.absolute(), options, console) else 0
+        with tempfile.TemporaryDirectory(prefix="end-runs-") as folder:
+            return 1 if run(Path(folder), options, console) else 0
+    except Fault as fault:
+        console.print(f"end_runs: {fault}")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
