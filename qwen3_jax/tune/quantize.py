@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
@@ -121,7 +122,7 @@ def quantize(model: Qwen3, kind: str, *, block: int = BLOCK) -> Qwen3:
         A new model; what has no codes, adapters among it, it shares with the given one.
 
     Raises:
-        ValueError: a model that has codes already.
+        ValueError: a model that has codes already, a matrix with infinities or NaN.
         ConfigError, MeshError: as of `check_codes`, before anything is made.
     """
     if (found := kind_of(model)) is not None:
@@ -145,10 +146,23 @@ def quantize_matrix(model: Qwen3, module: Any, where: str, name: str, kind: str,
         name: the matrix's own.
         kind: of the codes.
         block: values that share a scale.
+
+    Raises:
+        ValueError: the matrix holds infinities or NaN. Not told where it is traced.
     """
     weight, outputs = weight_of(module, name)
+
+    @jax.jit
+    def run(weight: nnx.Param) -> tuple[Quantized, jax.Array]:
+        made = Quantized(weight, outputs, kind=kind, block=block)
+        return made, jnp.isfinite(made.scales[...]).all()
+
     with on_mesh_of(weight), use_rules(model.rules):
-        set_weight(module, name, jax.jit(lambda weight: Quantized(weight, outputs, kind=kind, block=block))(weight))
+        made, finite = run(weight)
+    if not isinstance(finite, jax.core.Tracer) and not finite:
+        # A kernel that multiplies a row's scales by zeros would spread it over other blocks.
+        raise ValueError(f"{where}.{name} has infinities or NaN, or what is infinite in bfloat16: accepted are finite values")
+    set_weight(module, name, made)
 
 
 def dequantize(model: Qwen3, dtype: DTypeLike | None = None) -> Qwen3:

@@ -178,6 +178,12 @@ def test_what_is_refused(tmp_path):
         ValueError, match="attention.q has 32 columns in blocks of 64: 32 / 64 leaves 32; accepted is a number that divides"
     ):
         quantize(model, "nf4")
+    infinite = nnx.clone(model)
+    infinite.segments[0].blocks[0].mlp.down.weight.set_value(
+        model.segments[0].blocks[0].mlp.down.weight[...].at[1, 2, 3].set(jnp.inf)
+    )
+    with pytest.raises(ValueError, match="mlp.down has infinities or NaN, or what is infinite in bfloat16: accepted are"):
+        quantize(infinite, "nf4", block=4)
     with pytest.raises(ValueError, match="the model is in nf4 already: accepted is one of floats"):
         quantize(quantized, "int8", block=4)
     with pytest.raises(ValueError, match="the model is in nf4 of blocks of 4, and base is 'int4', block 4: accepted are"):
