@@ -83,8 +83,8 @@ def test_the_kernel_is_the_definition(kind, shape, block, dtype):
 def test_a_loop_over_layers_keeps_it_inside(chip):
     """Plain operations of the same loop would be done for the whole stack, in front of it, and the backward pass keep all."""
     device = SingleDeviceSharding(topologies.get_topology_desc(CHIPS[chip], "tpu").devices[0])
-    # Whole lanes; neither rows nor columns whole lanes; more scales a row than a block has room for, and float16.
-    forms = [(512, 512, 64, jnp.bfloat16), (600, 1504, 47, jnp.bfloat16), (768, 1280, 2, jnp.float16)]
+    # Whole lanes; and neither rows nor columns whole lanes, more scales a row than there is room for, a result of float16.
+    forms = [(512, 512, 64, jnp.bfloat16), (600, 1504, 2, jnp.float16)]
     forms = forms if chip in ("v5e", "v5p") else forms[:1]  # two compilers' word will do
     place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)  # noqa: E731
     made = [quantize_shapes(out, inner, block) for out, inner, block, _ in forms]
