@@ -36,7 +36,6 @@ class Quantized(nnx.Module):
             outputs: how many axes its output has.
             kind: int8, int4 or nf4.
             block: values along W's in axes that share a scale.
-
         """
         axes = weight.get_metadata("out_sharding")
         stacked = stacked_axes(axes)
@@ -54,8 +53,7 @@ class Quantized(nnx.Module):
             return jax.tree.map(lambda leaf: leaf.reshape(*leading, *leaf.shape[1:]), found)
 
         if split is not None:
-            # Scales as the codes: by a rule of their own, in the order of their axes, another axis might be the one that a mesh
-            # axis splits.
+            # Scales as the codes: a spec of their own, by the order of their axes, may split the other of two that share one.
             layouts = PartitionSpec(*split), turned(PartitionSpec(*split))
             codes_of = jax.shard_map(codes_of, in_specs=layout, out_specs=layouts, check_vma=False)
         codes, scales = codes_of(value)
