@@ -98,7 +98,7 @@ def _train(run: "Run", console: "Console") -> int:
 
         try:
             with _one_error(), contextlib.redirect_stdout(cast(TextIO, _Spoken(sys.stdout))):
-                train(run, told, progress.console.print)
+                ended = train(run, told, progress.console.print)
         except (TrainingError, TrainingCheckpointError) as error:
             cause = error.__cause__
             if isinstance(error, TrainingError) and cause is not None and not isinstance(cause, OSError) and not _ours(cause):
@@ -111,6 +111,9 @@ def _train(run: "Run", console: "Console") -> int:
             where, accepted = error.filename or run.output, "accepted is a folder with room, and the right to write there"
             print(f"qwen3-jax train: {where} cannot be written: {error.strerror}: {accepted}", file=sys.stderr)
             return 1
+    if not ended.done and run.checkpoint.told_to_end:
+        # Not returned: of several processes all end so, and a code that is returned tells the others that one has failed.
+        sys.exit(run.checkpoint.told_to_end)
     return 0
 
 

@@ -1,11 +1,13 @@
 """What a run's values must not say about each other. Each rule names the keys it read, so that their lines can be shown."""
 
+import re
 from collections.abc import Iterator, Sequence
 
 from qwen3_jax.model.remat import check_policy
 from qwen3_jax.runs.schema import Run, StageSection
 
 Key = tuple[str, ...]
+TAKEN = (1, 2, 130, 137)  # exit codes: failed, refused, Ctrl-C, killed
 
 
 class Contradiction(ValueError):
@@ -35,6 +37,7 @@ def check_run(run: Run) -> None:
 
 def _all(run: Run) -> Iterator[Contradiction]:
     yield from _model(run)
+    yield from _places(run)
     yield from _numbers(run)
     if not run.stages:
         yield Contradiction("the run has no stages: accepted is at least one, [stages.NAME]", "stages")
@@ -87,6 +90,27 @@ def _model(run: Run) -> Iterator[Contradiction]:
             f"watch.profile is steps {profile[0]} to {profile[1]} of {run.steps}: accepted are two in order from 0 to "
             f"{run.steps - 1}",
             "watch.profile",
+        )
+
+
+def _places(run: Run) -> Iterator[Contradiction]:
+    places = {"output": run.output, "checkpoint.export": run.checkpoint.export}
+    for key, place in places.items():
+        if place is not None and "://" in place:
+            told = "; of a bucket checkpoints alone are kept, in checkpoint.folder" if key == "output" else ""
+            yield Contradiction(f"{key} is {place}: accepted is a folder of a file system, or of a mount{told}", key)
+    folder = run.checkpoint.folder
+    if folder is not None and "://" in folder and not re.fullmatch(r"gs://[^/]+(/.*)?", folder):
+        yield Contradiction(
+            f"checkpoint.folder is {folder}: accepted is a folder of a file system, or of a mount, or gs://BUCKET/...: Orbax "
+            "writes to no other store",
+            "checkpoint.folder",
+        )
+    code = run.checkpoint.told_to_end
+    if code in TAKEN or not 0 <= code <= 255:
+        yield Contradiction(
+            f"checkpoint.told_to_end is {code}: accepted is 0, or from 3 to 255 but 130 and 137, which say other ends",
+            "checkpoint.told_to_end",
         )
 
 

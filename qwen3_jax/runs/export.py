@@ -21,6 +21,7 @@ from qwen3_jax.config import Qwen3Config
 from qwen3_jax.parallel.rules import Rules
 from qwen3_jax.runs.look import find_tokenizer, stage_at, stop_tokens
 from qwen3_jax.runs.parts import lora_config, stage_config
+from qwen3_jax.runs.places import run_folder
 from qwen3_jax.runs.schema import Run
 from qwen3_jax.runs.toml import RunError
 from qwen3_jax.training.loop import TrainingError
@@ -79,7 +80,7 @@ class Exports:
         # Before the first step: sources in a store that does not answer for a moment must not end the run at an export.
         wanted = run.checkpoint.export is not None or run.checkpoint.export_every is not None
         self._words = find_words(run, config) if wanted else None
-        self.folder = Path(run.output) / run.name / "exports"
+        self.folder = run_folder(run) / "exports"
 
     def __call__(self, step: int, state: Any) -> None:
         """Write exports/step-N, in the place of one that stands there: after a restart a step may come again.

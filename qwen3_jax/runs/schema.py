@@ -203,6 +203,11 @@ class CheckpointSection(Section):
     """Newest checkpoints that are kept."""
     keep_every: int | None = None
     """Steps whose multiples are kept for good; None: none."""
+    folder: str | None = None
+    """Where they lie, each run's in a folder of its name: shared by all processes, or gs://BUCKET/...; None: `checkpoints` in
+    the run's folder."""
+    told_to_end: int = 0
+    """Exit code of a run that was told to end, by a SIGTERM, before its last step, and is saved."""
     export: str | None = None
     """Folder of the trained model in Hugging Face's form, written at the end."""
     export_every: int | None = None
@@ -242,7 +247,7 @@ class Run(Section):
     name: str = "run"
     """Of the folder under `output`."""
     output: str = "runs"
-    """Folder of checkpoints, metrics and reports."""
+    """Folder of checkpoints, metrics and reports; shared by all processes where more than one writes there."""
     seed: int = 0
     """Of initial weights and of the data's order."""
     model: ModelSection = ModelSection()

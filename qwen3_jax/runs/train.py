@@ -29,6 +29,7 @@ from qwen3_jax.runs.export import Exports, check_export
 from qwen3_jax.runs.look import Look
 from qwen3_jax.runs.models import check_weights, model_config
 from qwen3_jax.runs.parts import about, loader_config, lora_config, optimizer_of, policy_of, rules_of, stage_step
+from qwen3_jax.runs.places import check_shared, check_store, checkpoint_folder, run_folder
 from qwen3_jax.runs.report import write_report
 from qwen3_jax.runs.schema import Run, StageSection
 from qwen3_jax.runs.show import shown
@@ -81,6 +82,7 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
     """
     begun, clock = time.perf_counter(), time.time()
     check_extras(tensorboard=run.watch.tensorboard, wandb=run.watch.wandb is not None)
+    check_store(run)
     processes = initialize(mesh=run.mesh.axes)
     wanted = run.mesh.processes
     if wanted is not None and wanted != processes.count:
@@ -94,10 +96,12 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
     config, rules = model_config(run.model), rules_of(run)
     check_weights(run.model, config)
     optimizer = optimizer_of(run)
-    folder = Path(run.output) / run.name
+    folder = run_folder(run)
+    check_shared(run)
     watched = run.watch.held_out is not None or run.watch.prompts
     look = Look(run, config, mesh, rules) if watched else None  # before weights are read, for it may refuse
-    with Checkpoints(folder / "checkpoints", keep=run.checkpoint.keep, keep_every=run.checkpoint.keep_every) as checkpoints:
+    where, kept = checkpoint_folder(run), run.checkpoint
+    with Checkpoints(where, keep=kept.keep, keep_every=kept.keep_every) as checkpoints:
         state, progress = _begin(run, config, mesh, rules, optimizer, checkpoints, said)
         first = int(state.step)
         check_export(run, first)

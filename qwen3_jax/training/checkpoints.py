@@ -1,8 +1,9 @@
 """What a run is saved as, and how it goes on from it.
 
-A checkpoint is one folder, numbered by its step, that appears by a rename once all of it is written: `state` holds every array
-under its name in the tree, `run` what else decides the next step, as JSON: where the data stands, the run's config, the
-versions. Orbax writes in the background, each process its own shards, in chunks of a layer and an expert.
+A checkpoint is one folder, numbered by its step, that appears by a rename once all of it is written; in a bucket, which has no
+rename, one without a `commit_success.txt` counts as none. `state` holds every array under its name in the tree, `run` what else
+decides the next step, as JSON: where the data stands, the run's config, the versions. Orbax writes in the background, each
+process its own shards, in chunks of a layer and an expert.
 """
 
 import contextlib
@@ -12,11 +13,11 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from qwen3_jax.checkpoint.together import Team
 from qwen3_jax.parallel.mesh import on_mesh_of
@@ -56,11 +57,11 @@ class Restored:
 class Checkpoints:
     """The checkpoints of a run, in a folder of their own. Close them, or use them as a context."""
 
-    def __init__(self, folder: Path | str, *, keep: int = 3, keep_every: int | None = None):
+    def __init__(self, folder: epath.PathLike, *, keep: int = 3, keep_every: int | None = None):
         """Open the folder, or make it; what a killed save has left in it is removed.
 
         Args:
-            folder: the folder; in an object store too.
+            folder: the folder, of a file system or of a bucket: gs://BUCKET/...
             keep: newest checkpoints that stay.
             keep_every: steps whose multiples stay for good.
         """
@@ -71,11 +72,13 @@ class Checkpoints:
             create=True,
             async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier()) if jax.process_count() > 1 else None,
         )
-        self.folder = Path(folder)
+        self.folder = epath.Path(folder)
+        # Of a URL, absolute() would make a folder of the working folder.
+        place = self.folder if "://" in str(folder) else self.folder.absolute()
         self._damaged: set[int] = set()
         self._writing: int | None = None
         handlers = {"state": _patient(ocp.PyTreeCheckpointHandler()), "run": _patient(ocp.JsonCheckpointHandler())}
-        self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=handlers)
+        self._manager = ocp.CheckpointManager(place, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """The steps of all that are whole, ascending."""
