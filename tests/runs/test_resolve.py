@@ -146,6 +146,23 @@ def test_an_optional_section_is_there_once_it_is_named(run, line):
             "[checkpoint]\nexport_keep = 2",
             r"export_keep without checkpoint.export_every: .*run.toml:4",
         ),
+        ("[optimizer]\nb2 = 0.99", 'output = "gs://b/runs"', r"output is gs://b/runs: accepted is a folder .*run.toml:3"),
+        (
+            "[optimizer]\nb2 = 0.99",
+            '[checkpoint]\nfolder = "s3://b/runs"',
+            r"checkpoint.folder is s3://b/runs: accepted is .* gs://BUCKET/.*run.toml:4",
+        ),
+        ("[optimizer]\nb2 = 0.99", '[checkpoint]\nfolder = "gs:///runs"', r"checkpoint.folder is gs:///runs: .*run.toml:4"),
+        (
+            "[optimizer]\nb2 = 0.99",
+            '[checkpoint]\nexport = "gs://b/out"',
+            r"checkpoint.export is gs://b/out: accepted is a folder .*run.toml:4",
+        ),
+        (
+            "[optimizer]\nb2 = 0.99",
+            "[checkpoint]\ntold_to_end = 2",
+            r"checkpoint.told_to_end is 2: accepted is 0, or from 3 .*run.toml:4",
+        ),
         ("[optimizer]\nb2 = 0.99", "[watch]\nprofile = [3, 999]", r"watch.profile is steps 3 to 999 of 33"),
         ("[optimizer]\nb2 = 0.99", '[step]\nremat = "some"', r"step.remat: remat policy 'some'.*run.toml:4"),
     ],

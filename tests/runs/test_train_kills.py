@@ -41,7 +41,8 @@ def test_kills_leave_no_trace_in_curve_or_weights(straight, prepared, place):
 
 
 def test_a_sigterm_saves_and_ends_well(straight, prepared, place):
-    process = begin(prepared, place)
+    words = ["--checkpoint.folder", str(place / "kept")]
+    process = begin(prepared, place, *words)
     at_step(process, 3, signal.SIGTERM)
     code, out = finish(process)
     assert code == 0, out
@@ -49,6 +50,7 @@ def test_a_sigterm_saves_and_ends_well(straight, prepared, place):
     assert found is not None, out
     stopped = int(found[1])
     assert 4 <= stopped <= 6
-    code, out = finish(begin(prepared, place))
-    assert code == 0 and f"goes on at step {stopped}" in out
+    code, out = finish(begin(prepared, place, *words))
+    assert code == 0 and f"goes on at step {stopped}, from {place / 'kept/tiny'}" in out
     assert curve(place) == straight[0]
+    assert not (place / "runs/tiny/checkpoints").exists()

@@ -2,8 +2,9 @@
 
     python -m tests.training.save_program FOLDER
 
-Of the second checkpoint what process 1 has written is cut off; both restore. Then process 1's save of it fails once it is
-under way, as a disk that is full makes it fail.
+First they look for a file of process 0, in folders that they do not share and in one that they do. Of the second checkpoint
+what process 1 has written is cut off; both restore. Then process 1's save of it fails once it is under way, as a disk that is
+full makes it fail.
 """
 
 import json
@@ -21,6 +22,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import qwen3_jax
 from qwen3_jax.parallel.watchdog import leave
+from qwen3_jax.runs import places
+from qwen3_jax.runs.schema import Run
+from qwen3_jax.runs.toml import RunError
 from qwen3_jax.training.checkpoints import Checkpoints, TrainingCheckpointError
 from qwen3_jax.training.guard import Guard
 from qwen3_jax.training.state import TrainState
@@ -54,6 +58,14 @@ def main() -> int:
     placed = jax.make_array_from_callback(shape, split, lambda index: weight[index])
     at = jax.make_array_from_callback((), whole, lambda index: scalar[index])
     state = TrainState(step=at, params={"weight": placed}, opt_state={}, guard=Guard(at, at, at, at))
+    # Each process's own folder, then one for all.
+    places.PATIENCE = 0.5
+    for output in (f"{sys.argv[1]}-of-{processes.id}", f"{sys.argv[1]}-of-all"):
+        try:
+            places.check_shared(Run(name="small", output=output))
+            print("shared", flush=True)
+        except RunError as error:
+            print(f"apart {error}", flush=True)
     try:
         with Checkpoints(sys.argv[1]) as checkpoints:
             checkpoints.save(1, state, {})

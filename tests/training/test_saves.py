@@ -16,6 +16,14 @@ def test_what_one_of_two_processes_cannot_read_or_write(tmp_path):
     }
     program = ["-m", "tests.training.save_program", str(tmp_path / "checkpoints")]
     with together([program] * 2, [common | {"JAX_PROCESS_ID": str(at)} for at in range(2)]) as (first, second):
+        for process in (first, second):
+            told = process.read_until("apart")
+            found = re.match(
+                r"apart (.*): what process 0 writes there is not seen by process 1 on \S+: accepted as output", told
+            )
+            assert found is not None and found[1].endswith(f"-of-{0 if process is first else 1}/small/checkpoints"), told
+            process.read_until("shared")
+        assert list((tmp_path / "checkpoints-of-all/small/checkpoints").iterdir()) == []
         restored = [json.loads(process.read_until("restored").removeprefix("restored")) for process in (first, second)]
         assert restored[0] == restored[1]
         step, passed_over = restored[0]

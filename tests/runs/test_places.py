@@ -1,0 +1,26 @@
+"""Where a run keeps its checkpoints: named after the run, and a bucket only where its library is there."""
+
+import dataclasses
+import sys
+
+import pytest
+
+from qwen3_jax.runs.places import check_store, checkpoint_folder
+from qwen3_jax.runs.schema import CheckpointSection, Run
+from qwen3_jax.runs.toml import RunError
+
+RUN = Run(name="small", output="runs")
+BUCKET = dataclasses.replace(RUN, checkpoint=CheckpointSection(folder="gs://bucket/runs"))
+
+
+def test_checkpoints_of_two_runs_never_meet():
+    assert str(checkpoint_folder(RUN)) == "runs/small/checkpoints"
+    assert str(checkpoint_folder(BUCKET)) == "gs://bucket/runs/small"
+    assert str(checkpoint_folder(dataclasses.replace(BUCKET, name="other"))) == "gs://bucket/runs/other"
+
+
+def test_a_bucket_without_its_library_is_refused(monkeypatch):
+    check_store(RUN)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(RunError, match=r"gs://bucket/runs needs gcsfs: `pip install qwen3-jax\[gcs\]`"):
+        check_store(BUCKET)
