@@ -106,7 +106,9 @@ def _train(run: "Run", console: "Console") -> int:
             print(f"qwen3-jax train: {error}", file=sys.stderr)
             return 1
         except OSError as error:
-            if error.errno not in FULL and not (error.errno in DENIED and _within(error.filename, run.output)):
+            places = [run.output, *([run.checkpoint.folder] if run.checkpoint.folder else [])]
+            ours = any(_within(error.filename, place) for place in places)
+            if error.errno not in FULL and not (error.errno in DENIED and ours):
                 raise
             where, accepted = error.filename or run.output, "accepted is a folder with room, and the right to write there"
             print(f"qwen3-jax train: {where} cannot be written: {error.strerror}: {accepted}", file=sys.stderr)

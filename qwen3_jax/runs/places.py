@@ -1,9 +1,11 @@
 """Where a run keeps what it writes, and whether all of its processes see the same folders there."""
 
+import contextlib
 import importlib
 import secrets
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -48,33 +50,37 @@ def check_store(run: Run) -> None:
 
 
 def check_shared(run: Run) -> None:
-    """Refuse folders that several processes write to and do not share; every process calls this, once jax knows them.
+    """Refuse a bucket that cannot be written, and folders that several processes write to and do not share.
 
-    Process 0 writes a small file of a name that nobody has looked for, all others look for it, and it is removed.
+    Process 0 writes a small file of a name that nobody has looked for, all look for it, and it is removed. Every process calls
+    this, once jax knows them.
 
     Args:
         run: the run.
 
     Raises:
-        RunError: a process does not see the file: the folder, and the host of each such process.
-        ValueError: process 0 cannot write it.
+        RunError: the bucket does not answer, or not to this host; a process does not see the file: the folder, and the host of
+            each such process.
+        OSError: process 0 cannot write to a folder.
+        ValueError: the same of another process, by its index.
     """
-    team = Team(jax.process_count(), jax.process_index())
-    if team.size == 1:
-        return
-    folders = [checkpoint_folder(run)]
-    if run.checkpoint.export_every is not None:
+    team, folder = Team(jax.process_count(), jax.process_index()), checkpoint_folder(run)
+    folders = [folder] if team.size > 1 or "://" in str(folder) else []
+    if team.size > 1 and run.checkpoint.export_every is not None:
         folders.append(epath.Path(run_folder(run)))
     for folder in folders:
         file = folder / f".seen-by-all-{secrets.token_hex(8)}"
-        with team.agreed():
+        with team.agreed(), _store_errors(folder):
             if team.leads:
                 folder.mkdir(parents=True, exist_ok=True)
-                file.write_text("")
-        name = team.told(file.name)[0]
-        blind = team.told("" if _seen(folder / name) else socket.gethostname())
-        if team.leads:
-            file.unlink()
+                file.write_text(file.name)
+        file = folder / team.told(file.name)[0]
+        with team.agreed(), _store_errors(folder):
+            seen = _seen(file)
+        blind = team.told("" if seen else socket.gethostname())
+        with team.agreed(), _store_errors(folder):
+            if team.leads:
+                file.unlink()
         found = [f"process {index} on {host}" for index, host in enumerate(blind) if host]
         if found:
             key = "output" if run.checkpoint.folder is None else "checkpoint.folder"
@@ -91,3 +97,18 @@ def _seen(file: epath.Path) -> bool:
             return False
         time.sleep(0.2)
     return True
+
+
+@contextlib.contextmanager
+def _store_errors(folder: epath.Path) -> Iterator[None]:
+    """What a bucket refuses: the libraries that reach it have no common base of their errors."""
+    try:
+        yield
+    except Exception as error:
+        if "://" not in str(folder):
+            raise
+        reason = (str(error).splitlines() or [""])[0][:300]
+        raise RunError(
+            f"{folder} cannot be written: {type(error).__name__}: {reason}: accepted as checkpoint.folder is a bucket that this "
+            "host reaches and may write to"
+        ) from error
