@@ -109,6 +109,6 @@ def _store_errors(folder: epath.Path) -> Iterator[None]:
             raise
         reason = (str(error).splitlines() or [""])[0][:300]
         raise RunError(
-            f"{folder} cannot be written: {type(error).__name__}: {reason}: accepted as checkpoint.folder is a bucket that this "
-            "host reaches and may write to"
+            f"{folder} cannot be written: {type(error).__name__}: {reason}: accepted as checkpoint.folder is a bucket that "
+            "this host reaches and may write to"
         ) from error

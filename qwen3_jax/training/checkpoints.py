@@ -74,7 +74,8 @@ class Checkpoints:
         )
         self.folder = epath.Path(folder)
         # Of a URL, absolute() would make a folder of the working folder.
-        place = self.folder if "://" in str(folder) else self.folder.absolute()
+        self._in_bucket = "://" in str(folder)
+        place = self.folder if self._in_bucket else self.folder.absolute()
         self._damaged: set[int] = set()
         self._writing: int | None = None
         handlers = {"state": _patient(ocp.PyTreeCheckpointHandler()), "run": _patient(ocp.JsonCheckpointHandler())}
@@ -218,18 +219,30 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
-        """Tell a failure of the file system by the checkpoint that it is of, and by those that stand."""
+        """Tell a failure of the file system or the bucket by the checkpoint that it is of, and by those that stand."""
         try:
             yield
         except TrainingCheckpointError:
             raise
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            # The libraries that reach a bucket have no common base of their errors.
+            if not isinstance(error, (OSError, ValueError)) and not self._in_bucket:
+                raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            stand = ", ".join(map(str, self.steps())) or "none"
+            stand = self._standing()
             what = "a checkpoint" if self._writing is None else f"checkpoint {self._writing}"
             raise TrainingCheckpointError(
                 f"{self.folder}: {what} cannot be written: {reason}; whole ones there: {stand}"
             ) from error
+
+    def _standing(self) -> str:
+        """The steps that are whole, in words; a bucket that has just failed may not say."""
+        try:
+            return ", ".join(map(str, self.steps())) or "none"
+        except Exception:
+            if not self._in_bucket:
+                raise
+            return "it does not say"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,9 @@ import dataclasses
 import sys
 
 import pytest
+from etils.epath import backend
 
-from qwen3_jax.runs.places import check_store, checkpoint_folder
+from qwen3_jax.runs.places import check_shared, check_store, checkpoint_folder
 from qwen3_jax.runs.schema import CheckpointSection, Run
 from qwen3_jax.runs.toml import RunError
 
@@ -24,3 +25,16 @@ def test_a_bucket_without_its_library_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(RunError, match=r"gs://bucket/runs needs gcsfs: `pip install qwen3-jax\[gcs\]`"):
         check_store(BUCKET)
+
+
+class Denied(Exception):
+    """As the libraries of a store raise them: of no common base."""
+
+
+def test_a_bucket_that_refuses_is_one_refusal(monkeypatch):
+    def refuse(*given, **options):
+        raise Denied("no right to write\nto this bucket")
+
+    monkeypatch.setattr(backend._FileSystemSpecBackend, "makedirs", refuse)
+    with pytest.raises(RunError, match=r"^gs://bucket/runs/small cannot be written: Denied: no right to write: accepted as"):
+        check_shared(BUCKET)

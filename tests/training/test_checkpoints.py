@@ -202,3 +202,25 @@ def test_chunks_are_a_layer_and_an_expert(tmp_path, monkeypatch):
 def test_json_beside_the_arrays_is_plain(saved):
     text = next((saved / "30" / "run").rglob("metadata"), None)
     assert text is not None and json.loads(text.read_text()) == {"data": {"at": 30}}
+
+
+def test_a_bucket_that_fails_is_told_as_the_checkpoints(saved, monkeypatch):
+    """The libraries that reach one have no common base of their errors; without one, another error is a fault of the code."""
+
+    class Lost(Exception):
+        pass
+
+    def fails(*given):
+        raise Lost("no answer")
+
+    with Checkpoints(saved) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints._manager, "wait_until_finished", fails)
+            with pytest.raises(Lost):
+                checkpoints.wait()
+            patch.setattr(checkpoints, "_in_bucket", True)
+            with pytest.raises(TrainingCheckpointError, match="cannot be written: no answer; whole ones there: 10, 20, 30$"):
+                checkpoints.wait()
+            patch.setattr(checkpoints._manager, "reload", fails)
+            with pytest.raises(TrainingCheckpointError, match="no answer; whole ones there: it does not say$"):
+                checkpoints.wait()
