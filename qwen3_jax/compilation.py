@@ -1,12 +1,28 @@
 """Compiled programs kept on disk, so that the second start of a process compiles nothing."""
 
 import importlib.metadata
+import logging
 import os
 import tempfile
+import zlib
 from pathlib import Path
+from typing import Any
+
+try:
+    from compression import zstd  # pyrefly: ignore[missing-import]  # of Python 3.14
+except ImportError:
+    try:
+        import zstandard as zstd
+    except ImportError:
+        zstd = None
+
+logger = logging.getLogger(__name__)
 
 # Who has a say in what a program is compiled to; those that are not installed are left out.
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "qwen3-jax")
+CHECKED = "qwen3-jax-checked"  # its time is that of the last look at the entries
+ZSTD, ZLIB = b"\x28\xb5\x2f\xfd", b"\x78"  # what jax's entries begin with
+PIECE = 2**20  # bytes read at once
 
 
 def use_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:
@@ -34,6 +50,7 @@ def use_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:
 
     given = jax.config.jax_compilation_cache_dir
     if folder is None and given:
+        mend_compilation_cache()
         return Path(given)
     place = _user_folder() if folder is None else Path(folder).absolute()
     place = place / "-".join(f"{name}_{version}" for name, version in _versions())
@@ -49,7 +66,66 @@ def use_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:
     # Small programs too: a start compiles some fifty of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compilation_cache.reset_cache()  # jax keeps the first folder that it has used
+    mend_compilation_cache()
     return place
+
+
+def mend_compilation_cache() -> list[Path]:
+    """Remove entries of jax's compilation cache that a kill or a full disk has cut off, so that they are written anew.
+
+    jax cannot read such an entry, and does not write one that is there: every start would compile its program again. Only
+    entries written since the last look are read; a folder in a store, where objects appear whole, is left alone.
+
+    Returns:
+        What was removed; each is told as a warning.
+    """
+    import jax
+
+    given = jax.config.jax_compilation_cache_dir
+    if not given or "://" in given or not os.path.isdir(given):
+        return []
+    removed: list[Path] = []
+    try:
+        checked = Path(given) / CHECKED
+        last = checked.stat().st_mtime_ns if checked.exists() else 0
+        # Before the look, so that what is written meanwhile is looked at next time; by the clock of the file system.
+        with tempfile.NamedTemporaryFile(prefix=CHECKED, dir=given, delete=False) as now:
+            pass
+        for entry in Path(given).glob("*-cache"):
+            if entry.stat().st_mtime_ns >= last and not _whole(entry):
+                entry.unlink(missing_ok=True)
+                removed.append(entry)
+                logger.warning("%s was cut off, by a kill or a full disk: removed, and compiled anew where it is wanted", entry)
+        os.replace(now.name, checked)
+    except OSError as error:  # a cache that may only be read, or that others clear up
+        logger.warning("%s cannot be looked through for entries that were cut off: %s", given, error)
+    return removed
+
+
+def _whole(entry: Path) -> bool:
+    """Whether an entry decompresses to its end; what is of no form that is known counts as whole."""
+    with entry.open("rb") as file:
+        piece = file.read(PIECE)
+        if len(piece) < len(ZSTD):
+            return False
+        if piece.startswith(ZSTD) and zstd is not None:
+            decompressor: Any = zstd.ZstdDecompressor()
+            if hasattr(decompressor, "decompressobj"):  # zstandard's
+                decompressor = decompressor.decompressobj()
+            broken: type[Exception] = zstd.ZstdError
+        elif piece.startswith(ZLIB):
+            decompressor, broken = zlib.decompressobj(), zlib.error
+        else:
+            return True
+        try:
+            while piece:
+                decompressor.decompress(piece)
+                if decompressor.eof:
+                    return True
+                piece = file.read(PIECE)
+        except broken:
+            return False
+    return False
 
 
 def _user_folder() -> Path:

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 
 import pytest
+import zstandard
 
-from qwen3_jax.compilation import PACKAGES, use_compilation_cache
+from qwen3_jax.compilation import CHECKED, PACKAGES, mend_compilation_cache, use_compilation_cache
 
 START = """
 import collections, json, sys
@@ -43,13 +45,59 @@ def test_a_second_process_compiles_nothing_and_another_mesh_has_its_own_entries(
     asked, found, tokens, said = start(tmp_path, "data=2")
     place = next(tmp_path.iterdir())
     assert said == f"{place}\n" and place.stat().st_mode & 0o777 == 0o700
-    entries = sorted(path.name for path in place.iterdir())
+    entries = sorted(path.name for path in place.iterdir() if path.name != CHECKED)
     assert asked > 5 and found < asked and len(entries) == asked - found
     assert start(tmp_path, "data=2")[:3] == (asked, asked, tokens)
-    assert sorted(path.name for path in place.iterdir()) == entries
+    assert sorted(path.name for path in place.iterdir() if path.name != CHECKED) == entries
     assert start(tmp_path, "tensor=2")[2] == tokens
     programs = [path.name for path in place.iterdir() if path.name.startswith("jit__generate-")]
     assert len(programs) == 2 and len(list(tmp_path.iterdir())) == 1
+
+
+ONE_PROGRAM = """
+import sys
+import jax
+from jax import monitoring
+from qwen3_jax.compilation import use_compilation_cache
+
+use_compilation_cache(sys.argv[1])
+monitoring.register_event_listener(lambda name, **more: print(name) if name.endswith("cache_hits") else None)
+jax.jit(lambda x: 2 * x + 1)(jax.numpy.float32(1))
+"""
+
+
+def test_an_entry_that_was_cut_off_is_written_anew(tmp_path):
+    """jax itself would compile that program again at every start, for it does not write an entry that is there."""
+
+    def hits():
+        done = subprocess.run([sys.executable, "-c", ONE_PROGRAM, str(tmp_path)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.count("cache_hits"), done.stderr
+
+    assert hits()[0] == 0
+    (entry,) = [path for path in next(tmp_path.iterdir()).glob("*-cache") if "lambda" in path.name]
+    whole = entry.read_bytes()
+    entry.write_bytes(whole[: len(whole) // 2])
+    found, said = hits()
+    assert said == f"{entry} was cut off, by a kill or a full disk: removed, and compiled anew where it is wanted\n"
+    assert len(entry.read_bytes()) > len(whole) // 2
+    assert hits() == (found + 1, "")
+
+
+@pytest.mark.parametrize("pack", [zlib.compress, zstandard.compress])
+def test_entries_are_looked_at_once_and_others_left_alone(tmp_path, plain_config, pack):
+    plain_config.update("jax_compilation_cache_dir", str(tmp_path))
+    whole = pack(os.urandom(2**21))  # more than is read at once
+    kept = {"a-cache": whole, "b-cache": b"of no form that is known", "cut-off": whole[:9], "a-atime": b""}
+    cut = {f"{at}-cache": whole[:at] for at in (0, 3, 9, len(whole) - 1)}
+    for name, data in (kept | cut).items():
+        (tmp_path / name).write_bytes(data)
+    assert {path.name for path in mend_compilation_cache()} == set(cut)
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, CHECKED}
+    # What was written before the last look is not read again.
+    (tmp_path / "a-cache").write_bytes(whole[:9])
+    os.utime(tmp_path / "a-cache", (1, 1))
+    assert mend_compilation_cache() == []
 
 
 @pytest.fixture

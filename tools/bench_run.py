@@ -37,7 +37,7 @@ from qwen3_jax.runs.train import train
 from qwen3_jax.training.checkpoints import Checkpoints
 from qwen3_jax.training.journal import Journal
 from qwen3_jax.training.loop import Loop, Policy, Progress, Stage
-from qwen3_jax.training.sinks import TensorBoard
+from qwen3_jax.training.sinks import Board, TensorBoard
 from tools.bench_data import processor_seconds, texts
 from tools.demo.__main__ import demo_config
 from tools.demo.corpus import conversations, train_tokenizer
@@ -179,8 +179,8 @@ def bench_figures(options: Options, console: Console) -> None:
 
     with tempfile.TemporaryDirectory(prefix="bench-run-") as place, Nowhere(Path(place) / "checkpoints") as nowhere:
 
-        def loop(every: int, **sinks: Any) -> Callable[[], None]:
-            journal = Journal(Path(place) / f"{every}.jsonl", 0, sinks=list(sinks.values()))
+        def loop(every: int, *boards: Board) -> Callable[[], None]:
+            journal = Journal(Path(place) / f"{every}.jsonl", 0, boards=boards)
 
             def turn() -> None:
                 steps = int(turns.state.step) + options.steps
@@ -195,7 +195,7 @@ def bench_figures(options: Options, console: Console) -> None:
             "steps that give the loss alone": lambda: turns.bare(step=lean),
             "steps that give all figures": lambda: turns.bare(),
             "the loop, a line of metrics.jsonl every 10": loop(10),
-            "a line every step, and TensorBoard": loop(1, board=TensorBoard(Path(place) / "board", 0)),
+            "a line every step, and TensorBoard": loop(1, Board("tensorboard", lambda: TensorBoard(Path(place) / "board", 0))),
         }
         found = turns.interleaved(kinds)
     title = f"figures, {options.rows} x {options.length}, load {os.getloadavg()[0]:.1f}"

@@ -20,6 +20,7 @@ from typing import IO
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+KEEPS = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Options:
     """Of a turn."""
     threads: int = 2
     """Of either; with 1, ours is bound to one processor."""
+    peer_keeps: bool = False
+    """transformers' process keeps the memory that it frees, as ours does (qwen3_jax.host_memory), by glibc's variables."""
     compile: bool = False
     """transformers' model under torch.compile."""
 
@@ -59,7 +62,9 @@ def ours(given: dict) -> tuple[Callable[[int], None], str]:
     from flax import nnx
 
     import qwen3_jax
+    from qwen3_jax.host_memory import keep_freed_memory
 
+    keep_freed_memory()
     config = qwen3_jax.Qwen3Config.from_hf(given["config"])
     optimizer = qwen3_jax.adamw(1e-4)
     model = jax.jit(lambda: qwen3_jax.Qwen3(config, rngs=nnx.Rngs(0), dtype=jnp.float32))()
@@ -151,11 +156,11 @@ class Worker:
     told: str
 
     @staticmethod
-    def start(python: Path | str, which: str, given: dict) -> "Worker":
-        """Start it, and wait until it has made its first steps."""
+    def start(python: Path | str, which: str, given: dict, more: dict[str, str]) -> "Worker":
+        """Start it, with more of an environment, and wait until it has made its first steps."""
         command = [str(python), str(Path(__file__)), which, json.dumps(given)]
         # An installed libtpu would look for its host's metadata for half a minute.
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | more
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
         )
@@ -213,7 +218,8 @@ def main(options: Options) -> None:
     for name in options.models:
         given = dict(config=shape_of(name), rows=options.rows, length=options.length)
         given |= dict(threads=options.threads, compile=options.compile)
-        workers = [Worker.start(options.peer_python, "torch", given), Worker.start(sys.executable, "ours", given)]
+        more = KEEPS if options.peer_keeps else {}
+        workers = [Worker.start(options.peer_python, "torch", given, more), Worker.start(sys.executable, "ours", given, {})]
         console.print(f"{name}: {workers[0].told}")
         before = os.getloadavg()[0]
         seconds, used = np.zeros((2, options.rounds, 2))

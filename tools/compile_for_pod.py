@@ -26,8 +26,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from qwen3_jax.planning.buffers import Memory, dumped, read_memory  # noqa: E402
 from qwen3_jax.planning.topology import COMPILE_ONLY, devices_of, parse_topology  # noqa: E402
-from tools.buffers import Memory, dumped, read_memory  # noqa: E402
 
 
 def options() -> argparse.Namespace:
@@ -40,7 +40,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--mesh", default="fsdp=-1")
     parser.add_argument("--mode", default="train", choices=("train", "lora", "prefill", "decode"))
     parser.add_argument("--rank", type=int, default=16, help="of the adapters in lora")
-    parser.add_argument("--base", default="bfloat16", help="of the frozen matrices in lora: bfloat16, int8, int4, nf4")
+    parser.add_argument("--base", default="bfloat16", help="of the frozen model in lora: bfloat16, float32, int8, int4, nf4")
     parser.add_argument("--adapter-dtype", default="float32", help="of adapters and their moments in lora: float32, bfloat16")
     parser.add_argument("--batch", type=int, default=64, help="rows of the whole pod")
     parser.add_argument("--seq", type=int, default=4096, help="tokens of a row; the cache's slots in decode")

@@ -50,8 +50,7 @@ def main(options: Options) -> int:
     if not steps:
         print(f"{journal} has no step yet: accepted is one with at least one", file=sys.stderr)
         return 2
-    per_step = steps[0]["tokens_seen"] / (steps[0]["step"] + 1)
-    again = [start["first"] * per_step / 1e3 for start in starts[1:]]
+    again = [tokens_before(start["first"], lines) / 1e3 for start in starts[1:]]
     figure, ((loss, load), (rate, time)) = pyplot.subplots(2, 2, figsize=(11, 6.2), layout="constrained")
     loss.plot(*_points(steps, "loss"), color="#9ecae1", label="loss")
     if looks:
@@ -67,6 +66,23 @@ def main(options: Options) -> int:
     _seconds(time, starts)
     figure.savefig(options.picture, dpi=90)
     return 0
+
+
+def tokens_before(step: int, lines: Sequence[Mapping[str, Any]]) -> float:
+    """Tokens that a run had seen before a step, as far as its journal tells: stages differ in the tokens of their steps.
+
+    Args:
+        step: counted from the run's first.
+        lines: of its journal; at least one.
+
+    Returns:
+        What the line of the step before says, else what lies between the lines around, or as far behind the last two.
+    """
+    seen = {0: 0} | {line["step"] + 1: line["tokens_seen"] for line in lines if "tokens_seen" in line}
+    steps = sorted(seen)
+    after = min(max(1, int(np.searchsorted(steps, step))), len(steps) - 1)
+    low, high = steps[after - 1], steps[after]
+    return seen[low] + (step - low) * (seen[high] - seen[low]) / (high - low)
 
 
 def _points(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:

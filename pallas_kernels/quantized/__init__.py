@@ -1,7 +1,8 @@
 """Matrices as codes of 8 or 4 bits and a scale for each block of them: the public ops and their checks."""
 
 import functools
-from typing import Literal
+import warnings
+from typing import Any, Literal, Never
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,12 @@ from pallas_kernels.checks import check_float, check_shape
 from pallas_kernels.quantized import reference, tpu
 from pallas_kernels.quantized.formats import KINDS, bits
 
-__all__ = ["dequantize", "quantize"]
+__all__ = ["FROZEN", "dequantize", "quantize"]
+
+FROZEN = (
+    "dequantize: scales are differentiated, and they are frozen as their codes are; accepted is a derivative in what is beside "
+    "them, inputs or adapters"
+)
 
 
 def quantize(x: Float[Array, "*L out in_"], kind: str, *, block: int = 64) -> tuple[Integer[Array, "..."], Float[Array, "..."]]:
@@ -60,17 +66,19 @@ def dequantize(
 
     Args:
         codes: as `quantize` makes them.
-        scales: likewise.
+        scales: likewise; finite: the kernel multiplies each by zeros too, so one that is not spreads along its row.
         kind: likewise.
         dtype: of the result, float32 or a 16-bit float.
-        implementation: "tpu" (a Pallas kernel) or "reference"; None is "tpu" where the program is lowered for a TPU and both
-            axes of the matrices are multiples of 128. Inside shard_map "tpu" needs check_vma=False.
+        implementation: "tpu" (a Pallas kernel) or "reference"; None is "tpu" where the program is lowered for a TPU, scales are
+            bfloat16 and a block of the kernel needs 512 of them at most: blocks of 2, 4, 8 ... columns do, those of 1, or of
+            25 in rows of 25,600, do not. On a TPU that is warned of. Inside shard_map "tpu" needs check_vma=False.
 
     Returns:
-        [..., out, in], each code's value times its block's scale in float32, rounded once. It has no derivative.
+        [..., out, in], each code's value times its block's scale in float32, rounded once.
 
     Raises:
-        ValueError: arrays that `quantize` does not make, a matrix that the implementation does not take.
+        ValueError: arrays that `quantize` does not make, a matrix that the implementation does not take; where it is
+            differentiated in scales, of which it has no derivative.
     """
     op = "dequantize"
     _check_kind(op, kind)
@@ -91,20 +99,30 @@ def dequantize(
         raise ValueError(f"{op}: dtype is {dtype}; accepted are float32, bfloat16 and float16")
     if implementation not in (None, "tpu", "reference"):
         raise ValueError(f"{op}: implementation is {implementation!r}; accepted are 'tpu', 'reference' and None")
-    takes = tpu.takes(out, inner, blocks, dtype) and scales.dtype == jnp.bfloat16
+    takes = codes.size > 0 and tpu.takes(inner, blocks) and scales.dtype == jnp.bfloat16
+    said = f"{out} x {inner} by {blocks} scales a row of {scales.dtype}; 'tpu' accepts scales of bfloat16, {tpu.MOST} a block"
     if implementation == "tpu" and not takes:
-        raise ValueError(
-            f"{op}: {out} x {inner} to {dtype} by {blocks} scales of {scales.dtype}; 'tpu' accepts multiples of {tpu.LANES}, "
-            f"to float32 and bfloat16, by scales of bfloat16, {tpu.MOST} at most"
-        )
-    codes, scales = jax.lax.stop_gradient((codes, scales))
+        raise ValueError(f"{op}: {said}")
+    scales = _frozen(scales)
     by_name = {
         name: functools.partial(module.dequantize, kind=kind, dtype=dtype)
         for name, module in (("tpu", tpu), ("reference", reference))
     }
+    if implementation is None and not takes and codes.size and jax.default_backend() == "tpu":
+        warnings.warn(f"{op}: {said}: in a loop over layers the compiler will keep the matrices of all", stacklevel=2)
     if implementation is not None or not takes:
         return by_name[implementation or "reference"](codes, scales)
     return jax.lax.platform_dependent(codes, scales, tpu=by_name["tpu"], default=by_name["reference"])
+
+
+@jax.custom_jvp
+def _frozen(scales: jax.Array) -> jax.Array:
+    return scales
+
+
+@_frozen.defjvp
+def _differentiated(primals: Any, tangents: Any) -> Never:
+    raise ValueError(FROZEN)
 
 
 def _check_kind(op: str, kind: str) -> None:

@@ -12,75 +12,81 @@ from pallas_kernels.quantized.formats import bits, meaning
 
 LANES = 128
 TALL, WIDE = 256, 1024  # of a block of the result at most: 1 MiB of float32
-MOST = 512  # scales of a row: the kernel holds ones and zeros, and the numbers that they are made of, 10 bytes for each by WIDE
+MOST = 512  # scales of such a row: the kernel holds ones and zeros, and the numbers they are made of, 10 bytes for each by WIDE
 
 
-def takes(out: int, inner: int, blocks: int, dtype: jnp.dtype) -> bool:
-    """Tells whether a matrix has whole tiles, of codes and of scales.
+def takes(inner: int, blocks: int) -> bool:
+    """Tells whether a block of the result needs few enough scales: of blocks of 2, 4 ... 128 columns, and most others, it does.
 
     Args:
-        out: its rows.
-        inner: its columns.
+        inner: columns of a matrix.
         blocks: scales of a row.
-        dtype: of the result.
 
     Returns:
         True where the kernel can be used.
     """
-    whole = out > 0 and inner > 0 and out % LANES == 0 and inner % LANES == 0
-    return whole and blocks <= MOST and dtype in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+    return inner > 0 and _width(inner, blocks)[1] <= MOST
+
+
+def _width(inner: int, blocks: int) -> tuple[int, int]:
+    """Columns of a block of the result, and scales it is given: its own if they fill tiles of 8, else a whole row's."""
+    unit = math.lcm(8 * (inner // blocks), LANES)
+    if inner <= WIDE or unit > WIDE:
+        return min(inner, WIDE), blocks
+    wide = WIDE // unit * unit
+    return wide, wide * blocks // inner
 
 
 def dequantize(
     codes: Integer[Array, "*L rows in_"], scales: Float[Array, "*L blocks out"], kind: str, dtype: jnp.dtype
 ) -> Float[Array, "*L out in_"]:
-    """As the reference, block by block.
+    """As the reference, block by block; those at the edges hang over it, and what is made there is dropped.
 
     Args:
         codes: packed, of matrices that `takes` takes.
-        scales: of the blocks.
+        scales: of the blocks, bfloat16.
         kind: of the codes.
-        dtype: of the result.
+        dtype: of the result; float16 is made of the kernel's float32.
 
     Returns:
         The matrices.
     """
     leading, inner, (blocks, out) = codes.shape[:-2], codes.shape[-1], scales.shape[-2:]
     count = math.prod(leading)
-    tall, wide = _part(out, TALL), _part(inner, WIDE)
+    tall, (wide, part) = min(out, TALL), _width(inner, blocks)
     rows = tall * bits(kind) // 8
+    made = jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
 
     def kernel(codes_ref, scales_ref, out_ref):
         # A byte's two codes are two rows of 4 bits to the TPU, as they are kept.
         codes = codes_ref[...] if bits(kind) == 8 else pltpu.bitcast(codes_ref[...], jnp.uint4)
+        scales, first = scales_ref[...], pl.program_id(2) * part if part < blocks else 0
+        if blocks % part:  # behind the last scale there may be anything, and 0 times infinity is no 0
+            there = jax.lax.broadcasted_iota(jnp.int32, scales.shape, 0) + first < blocks
+            scales = jnp.where(there, scales.astype(jnp.float32), 0).astype(scales.dtype)
         # Each block's scale, repeated along its columns by a product with ones and zeros: exact, and lanes stay where they are.
-        row = jax.lax.broadcasted_iota(jnp.int32, (blocks, wide), 0)
-        column = jax.lax.broadcasted_iota(jnp.int32, (blocks, wide), 1) + pl.program_id(2) * wide
+        row = jax.lax.broadcasted_iota(jnp.int32, (part, wide), 0) + first
+        column = jax.lax.broadcasted_iota(jnp.int32, (part, wide), 1) + pl.program_id(2) * wide
         ones = (row == jax.lax.div(column, inner // blocks)).astype(jnp.bfloat16)
         contracted = (((0,), (0,)), ((), ()))
-        scale = jax.lax.dot_general(scales_ref[...], ones, contracted, precision="default", preferred_element_type=jnp.float32)
+        scale = jax.lax.dot_general(scales, ones, contracted, precision="default", preferred_element_type=jnp.float32)
         out_ref[...] = (meaning(codes.astype(jnp.int32), kind) * scale).astype(out_ref.dtype)
 
     run = pl.pallas_call(
         kernel,
-        grid=(count, out // tall, inner // wide),
+        grid=(count, pl.cdiv(out, tall), pl.cdiv(inner, wide)),
         in_specs=[
             pl.BlockSpec((None, rows, wide), lambda matrix, i, j: (matrix, i, j)),
-            pl.BlockSpec((None, blocks, tall), lambda matrix, i, j: (matrix, 0, i)),
+            pl.BlockSpec((None, part, tall), lambda matrix, i, j: (matrix, j if part < blocks else 0, i)),
         ],
         out_specs=pl.BlockSpec((None, tall, wide), lambda matrix, i, j: (matrix, i, j)),
-        out_shape=jax.ShapeDtypeStruct((count, out, inner), dtype),
+        out_shape=jax.ShapeDtypeStruct((count, out, inner), made),
         cost_estimate=pl.CostEstimate(
-            flops=2 * count * out * inner,
+            flops=2 * count * out * inner * (1 + part),
             transcendentals=0,
-            bytes_accessed=codes.size + 2 * scales.size + count * out * inner * dtype.itemsize,
+            bytes_accessed=codes.size + 2 * scales.size + count * out * inner * made.itemsize,
         ),
         name="dequantize",
     )
     found = run(codes.reshape(count, *codes.shape[-2:]), scales.reshape(count, blocks, out))
-    return found.reshape(*leading, out, inner)
-
-
-def _part(size: int, most: int) -> int:
-    """The largest number of whole lanes, at most so many, that divides a size."""
-    return next(part for part in range(most, 0, -LANES) if size % part == 0)
+    return found.reshape(*leading, out, inner).astype(dtype)

@@ -1,36 +1,49 @@
-"""`qwen3-jax plan MODEL --topology v5p:4x4x4 ...`: which mesh, whether it fits and how fast, before a pod is rented."""
+"""`qwen3-jax plan`: a model for a pod before it is rented, which mesh, whether it fits and how fast; or a run's own steps."""
 
 import dataclasses
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from qwen3_jax.planning.efficiency import Efficiency
 from qwen3_jax.planning.topology import COMPILE_ONLY, parse_topology
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+OF_A_RUN = ("stage", "layers")  # options of a run's file alone
+OF_BOTH = ("topology", "time-limit", "json")
+NEEDED = ("topology", "batch", "seq")  # of a model
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Compile a model for chips that are not there; rank meshes by what the compiler says."""
+    """Compile a model for chips that are not there; rank meshes by what the compiler says. Or the steps of a run's file."""
 
     model: tyro.conf.Positional[str]
-    """A preset, qwen3-30b-a3b, or a model's folder, of which config.json is read."""
-    topology: str
-    """CHIP:SHAPE: v5e, v5p, v6e and tpu7x of any shape (v5p:4x4x4), h100:8 and whole nodes (h100:2x8)."""
-    batch: int
-    """Rows of a step over the whole pod."""
-    seq: int
-    """Tokens of a row; in decode the cache's slots."""
+    """A preset, qwen3-30b-a3b, or a model's folder, of which config.json is read; or RUN.toml, a run's file, whose stages are
+    compiled as they are, on the run's own mesh: with it --stage, --layers, --topology, --time-limit and --json."""
+    topology: str | None = None
+    """CHIP:SHAPE: v5e, v5p, v6e and tpu7x of any shape (v5p:4x4x4), h100:8 and whole nodes (h100:2x8). Needed for a model; of a
+    run in place of its own."""
+    batch: int | None = None
+    """Rows of a step over the whole pod; needed for a model."""
+    seq: int | None = None
+    """Tokens of a row; in decode the cache's slots; needed for a model."""
+    stage: str | None = None
+    """Of a run this stage alone."""
+    layers: int | None = None
+    """Of a run's model so many layers in place of its own."""
     mode: Literal["train", "lora", "prefill", "decode"] = "train"
     """What is done with the model; lora trains adapters on every matrix of attention, MLPs and experts."""
     rank: int = 16
     """Of the adapters, in mode lora."""
-    base: Literal["bfloat16", "int8", "int4", "nf4"] = "bfloat16"
-    """What the frozen matrices are kept in, in mode lora."""
+    base: Literal["bfloat16", "float32", "int8", "int4", "nf4"] = "bfloat16"
+    """What the frozen model is kept in, in mode lora; int8, int4 and nf4 are codes of its matrices."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of adapters, their gradients and moments, in mode lora."""
     mesh: tuple[str, ...] = ()
@@ -62,30 +75,84 @@ def main(argv: Sequence[str]) -> int:
         argv: the words after `qwen3-jax plan`.
 
     Returns:
-        Exit code: 0 where something fits, else 1.
+        Exit code: 0 where something fits, of a run where all its stages do, else 1.
     """
     options = tyro.cli(Options, args=argv, prog="qwen3-jax plan")
-    topology = parse_topology(options.topology, options.slices)
+    given = [word[2:].partition("=")[0].partition(".")[0].replace("_", "-") for word in argv if word.startswith("--")]
     for name, path in (("json", options.json), ("html", options.html)):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise ValueError(f"{name} is {path}: accepted is a file in a folder that is there")
+    if options.model.endswith(".toml") and not Path(options.model).is_dir():
+        return _plan_run(options, given)
+    return _plan_model(options, given)
+
+
+def _plan_run(options: Options, given: Sequence[str]) -> int:
+    accepted = (*OF_A_RUN, *OF_BOTH)
+    if others := [name for name in given if name not in accepted]:
+        raise ValueError(
+            f"--{others[0]} with a run's file, which says it itself: accepted are {', '.join(f'--{name}' for name in accepted)}"
+        )
+
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from qwen3_jax.planning.plan import write_whole
+    from qwen3_jax.runs.compiled import compile_run, record, step_table
+
+    console = _console()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        compiled = compile_run(
+            options.model,
+            stage=options.stage,
+            layers=options.layers,
+            topology=options.topology,
+            time_limit=options.time_limit,
+            begun=lambda name: progress.update(task, description=f"compiling {name}"),
+        )
+    console.print(step_table(compiled))
+    for step in compiled.steps:
+        if step.reason is not None:
+            console.print(f"{step.stage} does not compile: {step.reason}")
+    if options.json is not None:
+        write_whole(options.json, json.dumps(record(compiled), indent=1, allow_nan=False))
+    return 0 if all(compiled.fits(step) for step in compiled.steps) else 1
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    from qwen3_jax.planning.table import WIDEST
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.width = max(console.width, WIDEST)  # rows that a narrow terminal breaks are better than figures cut off
+    return console
+
+
+def _plan_model(options: Options, given: Sequence[str]) -> int:
+    if others := [name for name in given if name in OF_A_RUN]:
+        raise ValueError(f"--{others[0]} is of a run's file, and {options.model} is a model: accepted is RUN.toml with it")
+    topology, batch, seq = options.topology, options.batch, options.seq
+    if topology is None or batch is None or seq is None:
+        missing = [f"--{name}" for name in NEEDED if getattr(options, name) is None]
+        raise ValueError(f"{options.model} without {', '.join(missing)}: a model's plan needs --topology, --batch and --seq")
+    pod = parse_topology(topology, options.slices)
     os.environ.update(COMPILE_ONLY)  # jax is not imported yet
 
-    from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from qwen3_jax.config import Qwen3Config
     from qwen3_jax.planning.job import Job
     from qwen3_jax.planning.page import page
     from qwen3_jax.planning.plan import make_plan, record, write_whole
-    from qwen3_jax.planning.table import WIDEST, show_estimates, show_plan
+    from qwen3_jax.planning.table import show_estimates, show_plan
 
     folder = Path(options.model)
     config = Qwen3Config.from_hf(folder) if folder.is_dir() else Qwen3Config.preset(options.model)
-    work = (options.mode, options.batch, options.seq, options.remat, options.rank, options.base, options.adapter_dtype)
+    work = (options.mode, batch, seq, options.remat, options.rank, options.base, options.adapter_dtype)
     job = Job(config, *work)
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.width = max(console.width, WIDEST)  # rows that a narrow terminal breaks are better than figures cut off
+    console = _console()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("compiling", total=None)
@@ -102,7 +169,7 @@ def main(argv: Sequence[str]) -> int:
         plan = make_plan(
             options.model,
             job,
-            topology,
+            pod,
             meshes=options.mesh,
             rows=options.rule,
             top=options.top,

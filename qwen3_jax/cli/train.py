@@ -3,16 +3,20 @@
 import contextlib
 import errno
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from qwen3_jax.runs.schema import Run
+
+logger = logging.getLogger(__name__)
 
 WIDEST = 160
 USAGE = """usage: qwen3-jax train RUN.toml [--print-config] [--dry-run] [--help-config] [--section.key value ...]
@@ -73,10 +77,12 @@ def main(argv: Sequence[str]) -> int:
 def _train(run: "Run", console: "Console") -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from qwen3_jax.host_memory import keep_freed_memory_on_cpu
     from qwen3_jax.runs.train import train
     from qwen3_jax.training.checkpoints import TrainingCheckpointError
     from qwen3_jax.training.loop import TrainingError
 
+    keep_freed_memory_on_cpu()  # a step is a fifth faster
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(run.name, total=run.steps)
@@ -91,9 +97,12 @@ def _train(run: "Run", console: "Console") -> int:
                 console.print(line)
 
         try:
-            with _one_error():
+            with _one_error(), contextlib.redirect_stdout(cast(TextIO, _Spoken(sys.stdout))):
                 train(run, told, progress.console.print)
         except (TrainingError, TrainingCheckpointError) as error:
+            cause = error.__cause__
+            if isinstance(error, TrainingError) and cause is not None and not isinstance(cause, OSError) and not _ours(cause):
+                traceback.print_exception(cause)  # a fault of the code, whose message does not say where it is
             print(f"qwen3-jax train: {error}", file=sys.stderr)
             return 1
         except OSError as error:
@@ -105,6 +114,41 @@ def _train(run: "Run", console: "Console") -> int:
     return 0
 
 
+class _Spoken:
+    """The standard output, which may end: its disk is full, or what read it is gone. That is told once, and the run goes on."""
+
+    def __init__(self, file: Any):
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        with self._may_end():
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._may_end():
+            self._file.flush()
+
+    @contextlib.contextmanager
+    def _may_end(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            logger.warning("the standard output takes no more lines, and the run goes on without: %s", error)
+            # Also of what is still to be flushed, at the end of the process at the latest.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._file.fileno())
+            os.close(nowhere)
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether an error is of a kind of this package's own, whose message says all."""
+    return type(error).__module__.partition(".")[0] in ("qwen3_jax", "pallas_kernels")
+
+
 def _within(file: Any, folder: str) -> bool:
     """Whether a file that was refused is one that a run writes."""
     return file is not None and Path(file).absolute().is_relative_to(Path(folder).absolute())
@@ -113,19 +157,21 @@ def _within(file: Any, folder: str) -> bool:
 @contextlib.contextmanager
 def _one_error() -> Iterator[None]:
     """A checkpoint that fails is told once, as the run's end; Orbax tells it too, several times, each with a traceback."""
+    import orbax.checkpoint
+
+    orbax = Path(orbax.checkpoint.__file__).parent
 
     def wanted(record: logging.LogRecord) -> bool:
-        return record.exc_info is None or "orbax" not in record.pathname
+        return record.exc_info is None or not Path(record.pathname).is_relative_to(orbax)
 
     # Arrays that were still being written when the first one failed have nobody to tell any more: their failures are logged as
     # those of tasks that nobody waits for, or raised where the loop that they ran on is closed.
     def awaited(record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        files = traceback.extract_tb(error.__traceback__) if error is not None else []
-        return not any("orbax" in frame.filename for frame in files)
+        return record.exc_info is None or not _through(record.exc_info[2], "orbax.checkpoint")
 
     def unraisable(told: "sys.UnraisableHookArgs") -> None:
-        if not (isinstance(told.exc_value, RuntimeError) and str(told.exc_value) == "Event loop is closed"):
+        closed = isinstance(told.exc_value, RuntimeError) and str(told.exc_value) == "Event loop is closed"
+        if not (closed and _through(told.exc_traceback, "asyncio")):
             hook(told)
 
     logger, tasks, hook = logging.getLogger("absl"), logging.getLogger("asyncio"), sys.unraisablehook
@@ -139,3 +185,9 @@ def _one_error() -> Iterator[None]:
         sys.unraisablehook = hook
     finally:
         logger.removeFilter(wanted)
+
+
+def _through(trace: TracebackType | None, package: str) -> bool:
+    """Whether an error went through a function of a package."""
+    modules = (str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(trace))
+    return any(module == package or module.startswith(f"{package}.") for module in modules)

@@ -1,7 +1,6 @@
 """A frozen matrix as codes of 8 or 4 bits: what it holds, and the matrix that a layer makes of it where it multiplies."""
 
 import math
-from typing import Any
 
 import jax
 from flax import nnx
@@ -11,7 +10,6 @@ from jaxtyping import Array, Float
 
 import pallas_kernels
 from qwen3_jax.model.param import ExpertParam
-from qwen3_jax.parallel.mesh import MeshError
 from qwen3_jax.parallel.rules import meshless, placed, spec
 
 
@@ -34,14 +32,10 @@ class Quantized(nnx.Module):
         """The nearest codes of a weight, one matrix after another.
 
         Args:
-            weight: W, which names its axes.
+            weight: W, which names its axes; its size and its mesh hold the codes (qwen3_jax.tune.quantize.check_codes).
             outputs: how many axes its output has.
             kind: int8, int4 or nf4.
             block: values along W's in axes that share a scale.
-
-        Raises:
-            ValueError: the codes do not go into W, with the arithmetic.
-            MeshError: a shard of W would hold a part of a block, or of a byte.
         """
         axes = weight.get_metadata("out_sharding")
         stacked = stacked_axes(axes)
@@ -51,8 +45,6 @@ class Quantized(nnx.Module):
         value = placed(weight[...], *axes)
         layout = None if meshless() else jax.typeof(value).sharding.spec
         split = None if layout is None else (*layout[:stacked], layout[stacked], layout[stacked + outputs])
-        if split is not None:
-            self._check_shards(split[-2], split[-1], kind, block)
 
         def codes_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
             leading, rows = x.shape[:stacked], math.prod(x.shape[stacked : stacked + outputs])
@@ -61,35 +53,15 @@ class Quantized(nnx.Module):
             return jax.tree.map(lambda leaf: leaf.reshape(*leading, *leaf.shape[1:]), found)
 
         if split is not None:
-            *leading, rows, columns = split
-            turned = PartitionSpec(*leading, columns, rows)
-            codes_of = jax.shard_map(codes_of, in_specs=layout, out_specs=(PartitionSpec(*split), turned), check_vma=False)
+            # Scales as the codes: a spec of their own, by the order of their axes, may split the other of two that share one.
+            layouts = PartitionSpec(*split), turned(PartitionSpec(*split))
+            codes_of = jax.shard_map(codes_of, in_specs=layout, out_specs=layouts, check_vma=False)
         codes, scales = codes_of(value)
         param = ExpertQuantizedParam if isinstance(weight, ExpertParam) else QuantizedParam
         names = (*axes[:stacked], out, inner), (*axes[:stacked], inner, out)
         # Under the kind's name: codes of int4 and of nf4 are alike else, and a state of one must not pass as the other's.
-        setattr(self, kind, param(placed(codes, *names[0]), out_sharding=names[0], eager_sharding=False))
-        self.scales = param(placed(scales, *names[1]), out_sharding=names[1], eager_sharding=False)
-
-    def _check_shards(self, rows: Any, columns: Any, kind: str, block: int) -> None:
-        """Refuse a mesh that cuts a block or a byte."""
-        mesh = jax.sharding.get_abstract_mesh()
-
-        def parts(axes: Any) -> int:
-            return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
-
-        size, shards = math.prod(self.inner), parts(columns)
-        if size // shards % block:
-            raise MeshError(
-                f"{size} columns in blocks of {block} over {shards} shards: {size} / {shards} / {block} is no whole number; "
-                "accepted are shards of whole blocks"
-            )
-        size, shards = math.prod(self.out), parts(rows)
-        if kind != "int8" and size // shards % 2:
-            raise MeshError(
-                f"{size} rows in {kind} over {shards} shards: {size} / {shards} is odd; accepted is an even number, for two "
-                "rows share bytes"
-            )
+        setattr(self, kind, param(codes, out_sharding=names[0], eager_sharding=False))
+        self.scales = param(scales, out_sharding=names[1], eager_sharding=False)
 
     @property
     def codes(self) -> QuantizedParam:
@@ -110,6 +82,12 @@ class Quantized(nnx.Module):
     def ndim(self) -> int:
         """Axes of W."""
         return len(self.shape)
+
+
+def turned(layout: PartitionSpec) -> PartitionSpec:
+    """How scales [..., in / block, out] lie beside codes [..., out, in] that lie like this."""
+    *leading, rows, columns = layout
+    return PartitionSpec(*leading, columns, rows)
 
 
 def stacked_axes(axes: tuple[str | None, ...]) -> int:
@@ -137,11 +115,11 @@ def made(
     Returns:
         [out, in].
     """
-    out, inner = axes
-    codes, scales = placed(codes, out, inner), placed(scales, inner, out)
-    if meshless():
+    layout = spec(*axes)
+    if layout is None:
         return pallas_kernels.dequantize(codes, scales, kind, dtype)
-    layouts = spec(out, inner), spec(inner, out)
+    layouts = layout, turned(layout)
+    codes, scales = jax.sharding.reshard((codes, scales), layouts)
 
     def run(codes: jax.Array, scales: jax.Array) -> jax.Array:
         return pallas_kernels.dequantize(codes, scales, kind, dtype)
@@ -174,8 +152,9 @@ def expanded(
 
     if meshless():
         return run(codes, scales)
-    *leading, rows, columns = jax.typeof(codes).sharding.spec
-    scales = jax.sharding.reshard(scales, PartitionSpec(*leading, columns, rows))
+    layout = jax.typeof(codes).sharding.spec
+    *leading, rows, columns = layout
     whole = PartitionSpec(*leading, rows, *(None,) * (len(out) - 1), columns, *(None,) * (len(inner) - 1))
-    layouts = PartitionSpec(*leading, rows, columns), PartitionSpec(*leading, columns, rows)
+    layouts = layout, turned(layout)
+    scales = jax.sharding.reshard(scales, layouts[1])
     return jax.shard_map(run, in_specs=layouts, out_specs=whole, check_vma=False)(codes, scales)

@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
+from pallas_kernels.quantized import FROZEN
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.parallel import transports
 from qwen3_jax.parallel.dispatch import Choice, Work, choose, speeds_of
@@ -55,6 +56,9 @@ def apply_experts(
     Returns:
         The sums, in x's dtype; and how many rows, of one token for one expert, were sent and did not come back: 0 unless
         the rules' dispatch bounds the rounds.
+
+    Raises:
+        ValueError: where it is differentiated in a Coded's scales.
     """
     if meshless():
         tokens, routing, ids = (array.reshape(-1, array.shape[-1]) for array in (x, routing, ids))
@@ -235,7 +239,9 @@ def _forward(layout: Layout, weights: list[Any], x: Any, routing: Any, ids: Any,
 
 
 def _kept(layout: Layout, weights: list[Any], *others: Any) -> tuple[Any, Any]:
-    arrays = [weight.value for weight in weights]
+    arrays, made = [weight.value for weight in weights], decoded_places(layout.matrices, len(weights))
+    if any(weight.perturbed for place, weight in enumerate(weights) if place not in made):
+        raise ValueError(FROZEN)
     rest = jax.tree.map(lambda given: given.value, others, is_leaf=lambda given: isinstance(given, CustomVJPPrimal))
     # Which arrays are differentiated is told by the form of what is kept: values are not known when programs are traced.
     wanted = [() if weight.perturbed else None for weight in weights]

@@ -191,7 +191,7 @@ def candidates(
         The candidates.
 
     Raises:
-        MeshError: a wish that cannot be, a row that is none.
+        MeshError: a wish that fits under no table, with the first one's arithmetic; a row that is none.
         PlanError: no mesh fits.
     """
     known, hbm = tables(job, rows), topology.chip.hbm
@@ -199,9 +199,15 @@ def candidates(
     def promise(each: Candidate) -> tuple[bool, float]:
         return each.bytes > hbm, each.time.total if each.bytes <= hbm else each.bytes
 
-    def best(wish: str, fitting: Iterable[Named]) -> Candidate:
-        mesh = make_mesh(wish, slices=topology.slices, devices=devices)
-        under = [estimated(job, mesh, topology, efficiency, rules) for rules in fitting]
+    def best(wish: str, tried: Iterable[Named]) -> Candidate:
+        mesh, under, refused = make_mesh(wish, slices=topology.slices, devices=devices), [], None
+        for rules in tried:
+            try:
+                under.append(estimated(job, mesh, topology, efficiency, rules))
+            except MeshError as error:
+                refused = refused or error
+        if refused is not None and not under:
+            raise refused
         near = NEAR * min(under, key=promise).time.total
         return min(under, key=lambda each: (each.bytes > hbm, each.time.total > near, each.bytes))
 

@@ -4,8 +4,8 @@ All figures are of one device and one step. The letters: t tokens of a device, b
 and key heads, H head_dim, F width, E experts, k of them per token, V words, S keys that a query sees on average. Products are
 in bfloat16, weights, gradients and optimizer of training in float32. A forward product of m parameters with t tokens is 2 m t
 FLOPs and its backward pass twice that. With remat a layer's forward pass is made twice; experts and the head make theirs
-again by themselves. In lora the model is frozen in bfloat16: of its matrices the backward pass has one product, of the
-adapters two, and gradients and optimizer are of these alone.
+again by themselves. In lora the model is frozen, in bfloat16, float32 or codes: of its matrices the backward pass has one
+product, of the adapters two, and gradients and optimizer are of these alone.
 """
 
 import collections
@@ -112,7 +112,7 @@ def device_traffic(job: Job, cut: Shares) -> tuple[Traffic, ...]:
     experts is taken to run beside computation: compiled schedules show it so, and the others waited for.
 
     - weights over the axes that they are gathered from, in bfloat16, for the forward pass and again for the backward one;
-      gradients scattered in float32.
+      frozen codes as they are, in two arrays; gradients scattered in float32.
     - float32 gradients reduced over every axis that tokens are split over and a weight is not.
     - in lora the same of the adapters, and no gradients but theirs; sums of r numbers a token over tensor are left out.
     - hidden states to the vocabulary's shards and back, (p - 1) t D, and their lookup, over the axes that split both.
@@ -134,18 +134,21 @@ def device_traffic(job: Job, cut: Shares) -> tuple[Traffic, ...]:
 
     def together(kind: str, axes: tuple[str, ...], what: str, sent: float, count: int) -> None:
         total = sums[kind, axes, what]
-        total[0], total[1] = total[0] + sent, total[1] + count
+        total[0], total[1] = total[0] + sent, total[1] + (count if sent else 0)
 
+    kinds = [kind.mlp for kind in config.block_kinds()]
+    dense, moe = kinds.count("dense"), kinds.count("moe")
+    times = {"attention": layers, "dense": dense, "experts": moe, "router": moe, "norms": layers, "words": 1}
     for name, count in vars(parameters(job, cut)).items():
-        axes, alike, arrays = cut.gathered[name], cut.alike[name], ARRAYS[name] * (1 if name == "words" else layers)
+        axes, alike, arrays = cut.gathered[name], cut.alike[name], ARRAYS[name] * times[name]
         others, same = cut.devices(axes) - 1, cut.devices(alike)
-        kept = job.frozen_bytes(name) if job.adapts else HALF  # codes travel as they are
-        together("all-gather", axes, "weights", again * kept * count * others, again * arrays)
+        sent = min(HALF, job.frozen_bytes(name)) if job.adapts else HALF  # floats are cast before they travel
+        together("all-gather", axes, "weights", again * sent * count * others, again * arrays * job.frozen_arrays(name))
         if job.mode == "train":
             together("reduce-scatter", axes, "gradients", FLOAT * count * others, arrays)
             together("all-reduce", alike, "gradients", 2 * FLOAT * count * (same - 1) / same, arrays)
     for name, factors in adapters(job, cut).items():
-        axes, alike, arrays = cut.gathered[name], cut.alike[name], ARRAYS[name] * layers
+        axes, alike, arrays = cut.gathered[name], cut.alike[name], ARRAYS[name] * times[name]
         # What lacks the embed axis is the same on all devices that split it, of which those with other tokens add theirs.
         more = alike + tuple(axis for axis in axes if axis in cut.alike["norms"])
         together("all-gather", axes, "adapters", again * HALF * factors.embed * (cut.devices(axes) - 1), again * arrays)
@@ -210,8 +213,8 @@ def _dispatched(job: Job, cut: Shares) -> list[Traffic]:
 def device_memory(job: Job, cut: Shares) -> dict[str, float]:
     """Bytes that a step needs at most.
 
-    weights: float32 in training, else bfloat16; in lora bfloat16 or codes, and adapters, of which alone there are the next two,
-    in their dtype. optimizer: two moments, float32 in training. gradients: likewise. cache: 2 L b K S H in
+    weights: float32 in training, else bfloat16; in lora the frozen model as it is kept, and adapters, of which alone there are
+    the next two, in their dtype. optimizer: two moments, float32 in training. gradients: likewise. cache: 2 L b K S H in
     bfloat16. activations: each layer's input, t D in bfloat16; without remat all that its products read. working: one layer
     whole along embed, in bfloat16 and its gradient in float32; its rows, 2 D + 3 F / mlp for each that the experts' buffers
     hold and 2 D for each token that is there, D + 3 F / mlp a token for a dense MLP, twice in training; a block of logits

@@ -5,10 +5,14 @@ from typing import Literal, get_args
 
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.remat import check_policy
+from qwen3_jax.tune.quantize import BLOCK
 
 Mode = Literal["train", "lora", "prefill", "decode"]
-Base = Literal["bfloat16", "int8", "int4", "nf4"]
+Base = Literal["bfloat16", "float32", "int8", "int4", "nf4"]
+Codes = Literal["int8", "int4", "nf4"]
 AdapterDtype = Literal["float32", "bfloat16"]
+CODED = ("attention", "dense", "experts")  # kinds of parameters that a base in codes has as codes
+SCALE = 2  # bytes of a block's scale, in bfloat16
 
 
 class PlanError(ValueError):
@@ -28,7 +32,8 @@ class Job:
         seq: tokens of a row; in decode the cache's slots.
         remat: what the backward pass keeps (qwen3_jax.model.remat).
         rank: of the adapters, in mode lora.
-        base: in mode lora what those matrices are kept in: bfloat16, as all else of the model is, or codes: int8, int4, nf4.
+        base: in mode lora what the frozen model is kept in: bfloat16, float32, or codes of those matrices (int8, int4, nf4) and
+            all else in bfloat16.
         adapter_dtype: of adapters, their gradients and moments: float32 or bfloat16.
     """
 
@@ -49,6 +54,24 @@ class Job:
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} is {getattr(self, name)}: accepted is a whole number from 1")
         check_policy(self.remat, on_mesh=True)
+        if self.adapts and self.codes is not None:
+            self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        """Refuse a model whose matrices have rows that blocks of codes do not divide."""
+        config, kinds = self.config, {kind.mlp for kind in self.config.block_kinds()}
+        rows = {
+            "hidden_size": config.hidden_size,
+            "num_attention_heads x head_dim": config.num_attention_heads * config.head_dim,
+        }
+        rows |= {"intermediate_size": config.intermediate_size} if "dense" in kinds else {}
+        rows |= {"moe_intermediate_size": config.moe_intermediate_size} if "moe" in kinds else {}
+        for name, size in rows.items():
+            if size % BLOCK:
+                raise PlanError(
+                    f"base is {self.base}, in blocks of {BLOCK}, and {name} is {size}: {size} / {BLOCK} leaves {size % BLOCK}; "
+                    f"accepted is a multiple of {BLOCK}, or a base in bfloat16 or float32"
+                )
 
     @property
     def trains(self) -> bool:
@@ -59,6 +82,16 @@ class Job:
     def adapts(self) -> bool:
         """Whether those are of adapters alone."""
         return self.mode == "lora"
+
+    @property
+    def codes(self) -> Codes | None:
+        """What the frozen matrices are kept in, if not floats."""
+        return None if self.base in ("bfloat16", "float32") else self.base
+
+    @property
+    def float_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of all of the frozen model that is kept in floats."""
+        return "float32" if self.base == "float32" else "bfloat16"
 
     @property
     def tokens(self) -> int:
@@ -77,8 +110,16 @@ class Job:
             kind: attention, dense or experts, the matrices that may be codes, or any other.
 
         Returns:
-            2 of bfloat16; of codes theirs, and a share of a scale of 2 bytes for each 64.
+            4 of float32, 2 of bfloat16; of codes theirs, and a share of their block's scale.
         """
-        if self.base == "bfloat16" or kind not in ("attention", "dense", "experts"):
-            return 2.0
-        return (1.0 if self.base == "int8" else 0.5) + 2 / 64
+        if self.codes is None or kind not in CODED:
+            return 4.0 if self.float_dtype == "float32" else 2.0
+        return (1.0 if self.codes == "int8" else 0.5) + SCALE / BLOCK
+
+    def frozen_arrays(self, kind: str) -> int:
+        """Arrays that a frozen parameter is kept as: 2 of codes, which have scales.
+
+        Args:
+            kind: as of `frozen_bytes`.
+        """
+        return 2 if self.adapts and self.codes is not None and kind in CODED else 1

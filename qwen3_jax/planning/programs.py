@@ -51,9 +51,9 @@ def lowered(job: Job, mesh: Mesh, rules: Rules = RULES) -> Lowered:
 
 
 def _training(job: Job, mesh: Mesh, rules: Rules) -> Lowered:
-    adapt = LoraConfig(rank=job.rank, base=None if job.base == "bfloat16" else job.base) if job.adapts else None
+    adapt = LoraConfig(rank=job.rank, base=job.codes) if job.adapts else None
     optimizer = adamw(1e-4)
-    param_dtype = jnp.bfloat16 if job.adapts else jnp.float32
+    param_dtype = job.float_dtype if job.adapts else "float32"
     options: dict[str, Any] = dict(rules=rules, param_dtype=param_dtype, adapt=adapt, adapter_dtype=job.adapter_dtype)
     state = abstract_train_state(job.config, optimizer, mesh, **options)
     shape = (job.batch, job.seq)

@@ -9,6 +9,7 @@ from qwen3_jax.parallel.dispatch import Choice
 from qwen3_jax.parallel.experts import dispatch_for
 from qwen3_jax.parallel.fit import check_batch, fitted
 from qwen3_jax.parallel.rules import RULES, Rules
+from qwen3_jax.planning.blocks import check_blocks
 from qwen3_jax.planning.job import Job
 
 # How a kind of parameters (a field of Parameters) is laid out: the logical axes of its largest arrays.
@@ -94,13 +95,16 @@ def shares(job: Job, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Shares:
         The shares.
 
     Raises:
-        MeshError: the model or the batch does not fit the mesh, with the arithmetic.
+        MeshError: the model or the batch does not fit the mesh, or a shard would hold a part of a block of codes, with the
+            arithmetic.
     """
     config, length = job.config, 1 if job.mode == "decode" else job.seq
     rules = fitted(rules, config, mesh)
     if not job.trains:  # a call with a cache keeps sequences whole
         rules = rules.replace(seq=None)
     check_batch(rules, mesh, job.batch, length)
+    if job.adapts and job.codes is not None:
+        check_blocks(job, mesh, rules)
     names = ("batch", "seq", "heads", "kv_heads", "mlp", "experts", "vocab")
     parts = {name: rules.shards(name, mesh) for name in names}
 

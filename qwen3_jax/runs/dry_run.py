@@ -76,8 +76,8 @@ def stage_job(run: Run, stage: StageSection) -> Job:
     rows = stage.batch // stage.accumulation
     if run.lora is None:
         return Job(config, "train", rows, stage.seq, run.step.remat)
-    base = run.lora.codes or "bfloat16"
-    return Job(config, "lora", rows, stage.seq, run.step.remat, run.lora.rank, base, run.lora.dtype)
+    lora = run.lora
+    return Job(config, "lora", rows, stage.seq, run.step.remat, lora.rank, lora.base_dtype, lora.dtype)
 
 
 def dry_run(run: Run, devices: int | None = None) -> Need:
@@ -105,23 +105,31 @@ def dry_run(run: Run, devices: int | None = None) -> Need:
     for name, stage in run.stages.items():
         job = stage_job(run, stage)
         cut = shares(job, mesh, rules)
-        memory = device_memory(job, cut)
-        memory["optimizer"] *= _share_of_two_moments(run)
+        memory = _as_kept(run, device_memory(job, cut))
         found.append(StageNeed(name, stage.tokens, stage.steps, job.batch / cut.batch, memory))
     hbm = None if topology is None else topology.chip.hbm
     return Need(sizes, count, hbm, model_config(run.model).num_params(), tuple(found))
 
 
-def _share_of_two_moments(run: Run) -> float:
-    """What lies on a device of an optimizer's state, over two moments in the dtype of what is trained.
+def _as_kept(run: Run, memory: dict[str, float]) -> dict[str, float]:
+    """A job's memory in the run's own dtypes, and with the run's own optimizer.
 
-    That is float32, or of adapters their own. The first has a dtype to itself; Muon has one of all but a few parameters.
+    A job's training has parameters, gradients and two moments in float32; its adapters all of these in their own dtype, which
+    the run's are in too. The first moment has a dtype to itself, the second that of the parameters; Muon has one of all but a
+    few parameters.
     """
-    optimizer, size = run.optimizer, 2 if run.lora is not None and run.lora.dtype == "bfloat16" else 4
-    if optimizer.offload:
-        return 0.0
-    first = 2 if optimizer.moment_dtype == "bfloat16" else 4
-    return (first + (size if optimizer.name == "adamw" else 0)) / (2 * size)
+    optimizer, lora = run.optimizer, run.lora
+    size = _bytes(run.model.param_dtype if lora is None else lora.dtype)
+    reckoned = 4 if lora is None else size
+    moments = _bytes(optimizer.moment_dtype) + (size if optimizer.name == "adamw" else 0)
+    memory = memory | {"optimizer": 0.0 if optimizer.offload else memory["optimizer"] * moments / (2 * reckoned)}
+    if lora is None:
+        memory |= {name: memory[name] * size / reckoned for name in ("weights", "gradients")}
+    return memory
+
+
+def _bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
 
 
 def need_tables(run: Run, need: Need) -> Sequence[Table]:

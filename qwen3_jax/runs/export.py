@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from qwen3_jax.chat.tokenizer import Tokenizer
 from qwen3_jax.checkpoint.pretrained import save_pretrained
+from qwen3_jax.checkpoint.reading import CheckpointError
 from qwen3_jax.checkpoint.weights import write_json
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.parallel.rules import Rules
@@ -22,11 +23,16 @@ from qwen3_jax.runs.look import find_tokenizer, stage_at, stop_tokens
 from qwen3_jax.runs.parts import lora_config, stage_config
 from qwen3_jax.runs.schema import Run
 from qwen3_jax.runs.toml import RunError
+from qwen3_jax.training.loop import TrainingError
 from qwen3_jax.training.state import trained_model
 from qwen3_jax.tune.lora import merge
 from qwen3_jax.tune.peft import save_adapter
 
 STEP, REMOVED = re.compile(r"step-(\d+)"), re.compile(r"\.step-\d+\.removed")
+
+
+class ExportError(TrainingError):
+    """An export that cannot be written in a run: where, and why. The run ends, and the same command goes on."""
 
 
 def check_export(run: Run, first: int) -> None:
@@ -83,15 +89,17 @@ class Exports:
             state: the TrainState after them.
 
         Raises:
-            CheckpointError: the folder cannot be written.
+            ExportError: the folder cannot be written.
         """
         target = self.folder / f"step-{step}"
-        export(self._run, self._config, step, state, self._rules, self._words, target, overwrite=True)
-        self._said(f"exported to {target}")
+        self._write(step, state, target, overwrite=True)
         self._written = step
         keep = self._run.checkpoint.export_keep
         if keep is not None and jax.process_index() == 0:
-            keep_newest(self.folder, step, keep)
+            try:
+                keep_newest(self.folder, step, keep)
+            except OSError as error:  # the next export tries again
+                self._said(f"an older export cannot be removed: {error.filename or self.folder}: {error.strerror}")
 
     def last(self, state: Any) -> None:
         """Write what a run that is done has not yet: exports/step-N of its last step, and checkpoint.export.
@@ -100,7 +108,7 @@ class Exports:
             state: the last TrainState.
 
         Raises:
-            CheckpointError: a folder cannot be written.
+            ExportError: a folder cannot be written.
         """
         section, steps = self._run.checkpoint, self._run.steps
         if section.export_every is not None:
@@ -110,8 +118,14 @@ class Exports:
                 self(steps, state)
         # It stands where a run that is done is started again.
         if section.export is not None and not _stands_for_all(section.export):
-            export(self._run, self._config, steps, state, self._rules, self._words, section.export)
-            self._said(f"exported to {section.export}")
+            self._write(steps, state, section.export)
+
+    def _write(self, step: int, state: Any, folder: str | Path, *, overwrite: bool = False) -> None:
+        try:
+            export(self._run, self._config, step, state, self._rules, self._words, folder, overwrite=overwrite)
+        except (CheckpointError, OSError) as error:
+            raise ExportError(f"{folder}: the export of step {step} cannot be written: {error}") from error
+        self._said(f"exported to {folder}")
 
 
 def keep_newest(folder: Path, step: int, keep: int) -> None:

@@ -74,7 +74,7 @@ def report(run: Run, journal: Sequence[Mapping[str, Any]], starts: Sequence[Mapp
 <h2>Where the time went, in seconds</h2>
 <div class="scroll">{_goodput(starts)}</div>
 <p>{escape(MEANINGS)}</p>
-<h2>Restarts and rewinds</h2>
+<h2>Restarts, rewinds and boards lost</h2>
 {_interruptions(starts, rewinds)}
 {_completions(written)}
 </body>
@@ -214,6 +214,8 @@ def _interruptions(starts: Sequence[Mapping[str, Any]], rewinds: Sequence[Mappin
         again = before["step"] - start["first"]
         twice = f"; {again:,} steps were made again" if again > 0 else ""
         told.append(f"{before['came_to']} at step {before['step']:,}, begun again at step {start['first']:,}{paused}{twice}")
+    for number, start in enumerate(starts, 1):
+        told += [f"start {number} went on without a board: {reason}" for reason in start.get("lost", ())]
     for rewind in rewinds:
         went = f"back from step {rewind['rewound_from']:,} to step {rewind['step']:,}"
         told.append(f"the loss rose: {went}, {rewind['seconds']:,.1f} s of steps")

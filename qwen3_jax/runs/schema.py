@@ -180,7 +180,7 @@ class LoraSection(Section):
     base_dtype: Literal["bfloat16", "float32", "int8", "int4", "nf4"] = "bfloat16"
     """Of the frozen base; int8, int4 and nf4 are codes of its matrices, in blocks of 64, and all else is bfloat16."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of adapters, their gradients and moments."""
+    """Of adapters, their gradients and second moments; first moments are in optimizer.moment_dtype."""
 
     @property
     def codes(self) -> Literal["int8", "int4", "nf4"] | None:

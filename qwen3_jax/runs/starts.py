@@ -6,7 +6,7 @@ lines of steps that will come again are taken out.
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +35,19 @@ class Starts:
             self._append(_killed(json.loads(self._under_way.read_text("utf-8")), folder / "metrics.jsonl", first))
         write_whole(self._under_way, json.dumps(dict(begun=begun, first=first)))
 
-    def end(self, step: int, came_to: str, seconds: Mapping[str, float]) -> None:
+    def end(self, step: int, came_to: str, seconds: Mapping[str, float], lost: Sequence[str] = ()) -> None:
         """Note the end of this start.
 
         Args:
             step: steps made in all.
             came_to: "done", "told to end" or "failed".
             seconds: of each kind.
+            lost: boards that were given up, each with the reason.
         """
         if not self._writes:
             return
-        self._append(
-            dict(begun=self._begun, ended=time.time(), first=self._first, step=step, came_to=came_to, seconds=dict(seconds))
-        )
+        line = dict(begun=self._begun, ended=time.time(), first=self._first, step=step, came_to=came_to, seconds=dict(seconds))
+        self._append(line | (dict(lost=list(lost)) if lost else {}))
         self._under_way.unlink()
 
     def _append(self, line: Mapping[str, Any]) -> None:

@@ -1,9 +1,11 @@
 """A run, carried out: everything that its file names is made, or restored, and the loop is started."""
 
+import contextlib
 import dataclasses
 import json
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from qwen3_jax.chips import load_chips
+from qwen3_jax.compilation import mend_compilation_cache
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.data.loader import make_loader
 from qwen3_jax.data.state import merge_states
@@ -31,13 +34,15 @@ from qwen3_jax.runs.schema import Run, StageSection
 from qwen3_jax.runs.show import shown
 from qwen3_jax.runs.starts import Starts
 from qwen3_jax.runs.toml import RunError
-from qwen3_jax.training.checkpoints import Checkpoints
+from qwen3_jax.training.checkpoints import Checkpoints, TrainingCheckpointError
 from qwen3_jax.training.journal import Journal
-from qwen3_jax.training.loop import Loop, Progress, Stage
-from qwen3_jax.training.sinks import Sink, TensorBoard, Wandb, check_extras
+from qwen3_jax.training.loop import Loop, Progress, Stage, TrainingError
+from qwen3_jax.training.sinks import Board, TensorBoard, Wandb, check_extras
 from qwen3_jax.training.state import abstract_train_state, init_train_state
 from qwen3_jax.training.stopping import Stopping
 from qwen3_jax.tune.lora import attach
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,10 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
     Raises:
         RunError: another number of processes than the run names, and what the run's parts refuse.
         SinkError: TensorBoard or W&B is wanted and not installed.
+        TrainingError: the run stopped by itself, an export cannot be written, or whatever would be a refusal at the door was
+            raised once steps had been made.
+        TrainingCheckpointError: a checkpoint cannot be written, or none be read.
+        OSError: a file of the run cannot be written.
     """
     begun, clock = time.perf_counter(), time.time()
     check_extras(tensorboard=run.watch.tensorboard, wandb=run.watch.wandb is not None)
@@ -77,6 +86,8 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
     if wanted is not None and wanted != processes.count:
         raise RunError(f"mesh.processes is {wanted}, and {processes.count} started: accepted is a start of {wanted}")
     mesh, leads = processes.mesh, processes.id == 0
+    if leads:
+        mend_compilation_cache()  # a kill of the start before this one may have cut off an entry
     if mesh is None:
         raise RunError("mesh.axes is empty: accepted are sizes by axis, fsdp=-1 for all devices")
     said = said if leads else _quiet
@@ -91,7 +102,8 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
         first = int(state.step)
         check_export(run, first)
         starts = Starts(folder, first, clock, writes=leads)
-        journal = Journal(folder / "metrics.jsonl", first, writes=leads, sinks=_sinks(run, folder, first) if leads else ())
+        boards = _boards(run, folder, first) if leads else ()
+        journal = Journal(folder / "metrics.jsonl", first, writes=leads, boards=boards)
         stages = [_stage(run, name, stage, config, mesh, rules, optimizer) for name, stage in run.stages.items()]
         exports = Exports(run, config, first, rules, said)
         loop = Loop(
@@ -108,21 +120,25 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
         )
         start, step, came_to = time.perf_counter() - begun, first, "failed"
         try:
-            with Stopping() as stopping:
-                state, done = loop.run(state, progress, stopping)
+            with _no_refusals(lambda: loop.reached - first):
+                with Stopping() as stopping:
+                    state, done = loop.run(state, progress, stopping)
+                if done:
+                    begun = time.perf_counter()
+                    exports.last(state)
+                    loop.seconds["save"] += time.perf_counter() - begun
             step, came_to = int(state.step), "done" if done else "told to end"
-            if done:
-                begun = time.perf_counter()
-                exports.last(state)
-                loop.seconds["save"] += time.perf_counter() - begun
         finally:
             # Also of a run that stops by itself: what led to it is what one wants to see.
             seconds = dict(start=start, **loop.seconds)
             try:
-                journal.close()
-                starts.end(max(first, loop.reached) if came_to == "failed" else step, came_to, seconds)
-                if leads:
-                    write_report(run, folder)
+                try:
+                    lost = journal.lost()
+                    starts.end(max(first, loop.reached) if came_to == "failed" else step, came_to, seconds, lost)
+                    if leads:
+                        _report(run, folder)
+                finally:
+                    journal.close()  # last, for boards may be slow, and whoever told the run to end may kill it meanwhile
             except OSError as error:  # a disk that is full has ended the run already, and that is what is to be told
                 said(f"the figures' end, the report, or this start's line in it, cannot be written: {error}")
         said(f"{'done' if done else 'told to end: saved'} at step {step:,} of {loop.steps:,}")
@@ -130,14 +146,38 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
     return Ended(step, done, seconds)
 
 
-def _sinks(run: Run, folder: Path, first: int) -> list[Sink]:
+def _report(run: Run, folder: Path) -> None:
+    """The report; what fails in making it must not stand in the place of how the run ended."""
+    try:
+        write_report(run, folder)
+    except OSError:
+        raise
+    except Exception:
+        logger.exception("the report cannot be made")
+
+
+@contextlib.contextmanager
+def _no_refusals(made: Callable[[], int]) -> Iterator[None]:
+    """Once steps have been made nothing is bad input any more: what is raised as such is a fault of this run."""
+    try:
+        yield
+    except TrainingCheckpointError:
+        raise
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        if made() <= 0:
+            raise
+        raise TrainingError(f"after {made():,} steps of this start: {error}") from error
+
+
+def _boards(run: Run, folder: Path, first: int) -> list[Board]:
     """What the run's lines go to beside metrics.jsonl."""
-    sinks: list[Sink] = []
+    boards: list[Board] = []
     if run.watch.tensorboard:
-        sinks.append(TensorBoard(folder / "tensorboard", first))
-    if run.watch.wandb is not None:
-        sinks.append(Wandb(folder / "wandb", run.watch.wandb, run.name, about(run)["config"]))
-    return sinks
+        boards.append(Board("watch.tensorboard", lambda: TensorBoard(folder / "tensorboard", first)))
+    project = run.watch.wandb
+    if project is not None:
+        boards.append(Board("watch.wandb", lambda: Wandb(folder / "wandb", project, run.name, about(run)["config"])))
+    return boards
 
 
 def peak_of(mesh: Mesh) -> float | None:

@@ -32,6 +32,10 @@ class TrainingCheckpointError(ValueError):
     """A checkpoint that cannot be written or gone on from: which, what was found, what is accepted."""
 
 
+class OtherRunError(ValueError):
+    """A checkpoint of another model, optimizer or adapters than the run's: which, what was found, what is accepted."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """A checkpoint that was read.
@@ -128,7 +132,8 @@ class Checkpoints:
             What was read; None where there is none.
 
         Raises:
-            TrainingCheckpointError: there are some and none can be read, or they are of another model or optimizer.
+            TrainingCheckpointError: there are some and none can be read.
+            OtherRunError: they are of another model or optimizer.
         """
         passed_over: dict[int, str] = {}
         wanted = named_arrays(like)
@@ -197,13 +202,13 @@ class Checkpoints:
         here = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
         for name in sorted(there.keys() ^ here.keys()):
             which = "has" if name in there else "lacks"
-            raise TrainingCheckpointError(
+            raise OtherRunError(
                 f"{self.folder}/{step} {which} {name}: accepted is a checkpoint of this run's model, optimizer and adapters, "
                 "or another output folder"
             )
         for name, shape in here.items():
             if there[name] != shape:
-                raise TrainingCheckpointError(
+                raise OtherRunError(
                     f"{self.folder}/{step} has {name} of {list(there[name])}, and the run's is {list(shape)}: accepted is a "
                     "checkpoint of this run's model, or another output folder"
                 )

@@ -4,10 +4,11 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all, whenever this process is killed: beside it first, then in its place.
+    """Write a file whole or not at all, whenever this process or its machine stops: beside it first, then in its place.
 
     Args:
         path: the file; one that is there is replaced.
@@ -20,6 +21,11 @@ def write_whole(path: Path, text: str) -> None:
     try:
         with named(part):
             part.write_text(text, encoding="utf-8")
+            handle = os.open(part, os.O_RDWR)
+            try:
+                os.fsync(handle)  # else a machine that stops may have kept the new name and not what it is of
+            finally:
+                os.close(handle)
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)
@@ -40,3 +46,25 @@ def named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@runtime_checkable
+class Unbuffered(Protocol):
+    """A file that takes as much of what it is given as it can at once."""
+
+    def write(self, data: bytes, /) -> int | None:
+        """Write; how many bytes were taken."""
+
+
+def write_all(file: Unbuffered, data: bytes) -> None:
+    """Write all of something to an unbuffered file.
+
+    Args:
+        file: the file.
+        data: what is written.
+
+    Raises:
+        OSError: no room, no rights; a part of it may be there.
+    """
+    while data:
+        data = data[file.write(data) or 0 :]

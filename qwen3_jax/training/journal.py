@@ -11,24 +11,24 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_jax.training.files import named, write_whole
-from qwen3_jax.training.sinks import Sink
+from qwen3_jax.training.files import named, write_all, write_whole
+from qwen3_jax.training.sinks import Board
 
 
 class Journal:
     """The lines of a run, appended by process 0 alone."""
 
-    def __init__(self, path: Path, first: int, *, writes: bool = True, sinks: Sequence[Sink] = ()):
+    def __init__(self, path: Path, first: int, *, writes: bool = True, boards: Sequence[Board] = ()):
         """Open it for a run that goes on at a step.
 
         Args:
             path: the file.
             first: the next step; lines of it and of later ones, and a line that was cut off, are taken out.
             writes: whether this process writes; on others nothing happens.
-            sinks: take each line too; given on the process that writes, and closed with the journal.
+            boards: take each line too; given on the process that writes, and closed with the journal.
         """
         self._file, self._path = None, path
-        self._sinks = sinks
+        self._boards = boards
         if not writes:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,19 +49,23 @@ class Journal:
         """
         if self._file is not None:
             told = {name: plain(value) for name, value in line.items()}
-            left = (json.dumps(told, allow_nan=False) + "\n").encode()
             with named(self._path):
-                while left:
-                    left = left[self._file.write(left) :]
-            for sink in self._sinks:
-                sink.write(told)
+                write_all(self._file, (json.dumps(told, allow_nan=False) + "\n").encode())
+            for board in self._boards:
+                board.write(told)
+
+    def lost(self) -> list[str]:
+        """Boards that have been given up, each with the reason."""
+        return [board.lost for board in self._boards if board.lost is not None]
 
     def close(self) -> None:
-        """Close the file, and the sinks."""
-        if self._file is not None:
-            self._file.close()
-            for sink in self._sinks:
-                sink.close()
+        """Close the file, and the boards, each of which may take its time (qwen3_jax.training.sinks.PATIENCE)."""
+        try:
+            if self._file is not None:
+                self._file.close()
+        finally:
+            for board in self._boards:
+                board.close()
 
 
 def plain(value: Any) -> Any:

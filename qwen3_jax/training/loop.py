@@ -5,6 +5,7 @@ run's end wait for the last step.
 """
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -13,6 +14,8 @@ import jax
 
 from qwen3_jax.training.checkpoints import Checkpoints
 from qwen3_jax.training.journal import Journal, plain
+
+logger = logging.getLogger(__name__)
 
 RUNNING_MEAN = 0.98  # share of the past in the mean that a spike is measured against
 
@@ -184,6 +187,7 @@ class Loop:
             finally:
                 data.close()
             if ended:
+                self._end_trace()
                 return state, False
         self._end_trace()
         self._save(at, state, progress)
@@ -336,9 +340,14 @@ class Loop:
             self._end_trace()
 
     def _end_trace(self) -> None:
-        if self._tracing:
+        """Write the trace; what hinders that, a full disk say, is told, and the run goes on."""
+        if not self._tracing:
+            return
+        self._tracing = False
+        try:
             jax.profiler.stop_trace()
-            self._tracing = False
+        except RuntimeError as error:  # the profiler's kind for what the file system refuses
+            logger.warning("the trace of watch.profile cannot be written: %s", error)
 
 
 def _given_up(state: Any) -> Any:

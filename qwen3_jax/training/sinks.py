@@ -1,15 +1,29 @@
-"""Where a run's lines go beside metrics.jsonl: TensorBoard's event files, and Weights & Biases. Both are extras."""
+"""Where a run's lines go beside metrics.jsonl: TensorBoard's event files, and Weights & Biases. Both are extras.
+
+Neither may end a run or hold it up: each is written to by a thread of its own, and is left alone from its first fault on.
+"""
 
 import importlib
+import logging
+import queue
+import socket
+import struct
+import threading
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from qwen3_jax.checks import ConfigError
-from qwen3_jax.training.files import write_whole
+from qwen3_jax.training.files import named, write_all, write_whole
+
+logger = logging.getLogger(__name__)
+
+MOST_WAITING = 1000  # lines that a board may be behind
+PATIENCE = 60.0  # seconds that the end of a run waits for a board
 
 
 class SinkError(ConfigError):
@@ -50,8 +64,87 @@ class Sink(Protocol):
         """Write what is left."""
 
 
+class Board:
+    """A sink on a thread of its own, which can neither end a run nor hold it up.
+
+    What it raises, and that it is too far behind, is told once, as a warning; from then on it is given no lines.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Sink]):
+        """Open the sink here, and start its thread.
+
+        Args:
+            name: of the board, for messages.
+            make: opens the sink; what it raises counts as a fault of the board.
+        """
+        self.lost: str | None = None
+        self._name = name
+        self._lines: queue.Queue[Mapping[str, Any] | None] = queue.Queue(MOST_WAITING)
+        self._one_at_a_time = threading.Lock()
+        self._thread: threading.Thread | None = None
+        try:
+            sink = make()
+        except Exception as error:  # whatever a library of others raises
+            self._lose(error)
+            return
+        # A daemon: one that hangs must not hold up the end of the process.
+        self._thread = threading.Thread(target=self._write_on, args=(sink,), name=f"board {name}", daemon=True)
+        self._thread.start()
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Hand over a line, at once.
+
+        Args:
+            line: as of Sink; it must not change any more.
+        """
+        if self.lost is None:
+            self._put(line)
+
+    def close(self) -> None:
+        """Let the board write what is left, for at most PATIENCE seconds."""
+        if self._thread is None:
+            return
+        self._put(None)
+        self._thread.join(PATIENCE if self.lost is None else 1.0)
+        if self._thread.is_alive():
+            self._lose(f"it has not ended {PATIENCE:.0f} s after the run")
+
+    def _put(self, line: Mapping[str, Any] | None) -> None:
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._lose(f"it is {MOST_WAITING} lines behind")
+
+    def _write_on(self, sink: Sink) -> None:
+        try:
+            while (line := self._lines.get()) is not None and self.lost is None:
+                sink.write(line)
+        except Exception as error:
+            self._lose(error)
+        try:
+            sink.close()  # one that has failed, too
+        except Exception as error:
+            self._lose(error)
+
+    def _lose(self, reason: Exception | str) -> None:
+        """Give the board up, and say so the first time."""
+        with self._one_at_a_time:
+            if self.lost is not None:
+                return
+            if isinstance(reason, OSError) and reason.filename is not None:
+                reason = f"{reason.filename} cannot be written: {reason.strerror}"
+            elif isinstance(reason, Exception):
+                reason = f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0]}"
+            self.lost = f"{self._name}: {reason}"
+        logger.warning("%s: the run goes on without this board, and metrics.jsonl has every line", self.lost)
+
+
 class TensorBoard:
-    """Event files: a scalar for each number, one a layer for lists by layer, a histogram a layer for loads of experts."""
+    """Event files: a scalar for each number, one a layer for lists by layer, a histogram a layer for loads of experts.
+
+    tensorboardX makes the messages; its own writer is not used, for it writes in a thread that a full disk ends, behind a
+    queue that then blocks whoever writes, or the end of the process.
+    """
 
     def __init__(self, folder: Path, first: int):
         """Open a new event file.
@@ -59,30 +152,59 @@ class TensorBoard:
         Args:
             folder: of the event files.
             first: the next step; TensorBoard takes what older files say of it and of later ones to be undone.
+
+        Raises:
+            OSError: no room, no rights.
         """
-        board = importlib.import_module("tensorboardX")
-        # A file's name has but the second of its start; a kill loses what has not been flushed.
-        options = dict(purge_step=first or None, filename_suffix=f".from_{first}", flush_secs=5)
-        self._writer = board.SummaryWriter(str(folder), **options)
+        self._summary: Any = importlib.import_module("tensorboardX.summary")
+        self._protos: Any = importlib.import_module("tensorboardX.proto.event_pb2")
+        self._checksum: Any = importlib.import_module("tensorboardX.record_writer").masked_crc32c
+        above = 1e-12 * 1.1 ** np.arange(774)  # TensorBoard's own bins, up to 1e20
+        self._bins = [*(-above[::-1]).tolist(), 0.0, *above.tolist()]
+        folder.mkdir(parents=True, exist_ok=True)
+        # A file's name has but the second of its start.
+        self._path = folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.from_{first}"
+        # Unbuffered: a kill loses nothing that was written, and what a full disk has refused is not tried again.
+        self._file = self._path.open("ab", buffering=0)
+        events: list[dict[str, Any]] = [dict(file_version="brain.Event:2")]
+        if first:
+            events.append(dict(step=first, session_log=self._protos.SessionLog(status=self._protos.SessionLog.START)))
+        self._write(events)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Take a line.
 
         Args:
             line: as of Sink.
+
+        Raises:
+            OSError: no room, no rights, with the file; a part of the line may be there, which readers stop at.
         """
-        step = line["step"]
+        events = []
         for name, value in named_figures(line).items():
             if isinstance(value, list):
-                self._writer.add_histogram(name, np.asarray(value, np.float32), step)
+                summary = self._summary.histogram(name, np.asarray(value, np.float32), self._bins)
             elif isinstance(value, str):
-                self._writer.add_text(name, value, step)
+                summary = self._summary.text(name, value)
             else:
-                self._writer.add_scalar(name, value, step)
+                summary = self._summary.scalar(name, value)
+            events.append(dict(step=line["step"], summary=summary))
+        self._write(events)
 
     def close(self) -> None:
-        """Write what is left."""
-        self._writer.close()
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, events: list[dict[str, Any]]) -> None:
+        """Append events in the form of TFRecord: length, its checksum, message, its checksum."""
+        found, now = b"", time.time()
+        for event in events:
+            message = self._protos.Event(wall_time=now, **event).SerializeToString()
+            length = struct.pack("<Q", len(message))
+            found += length + struct.pack("<I", self._checksum(length))
+            found += message + struct.pack("<I", self._checksum(message))
+        with named(self._path):
+            write_all(self._file, found)
 
 
 class Wandb:

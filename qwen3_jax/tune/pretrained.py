@@ -19,7 +19,7 @@ from qwen3_jax.model.abstract import abstract_model
 from qwen3_jax.model.transformer import Qwen3
 from qwen3_jax.parallel.rules import RULES, Rules
 from qwen3_jax.tune.matrices import matrices_at, weight_of
-from qwen3_jax.tune.quantize import BLOCK, quantize, quantize_matrix
+from qwen3_jax.tune.quantize import BLOCK, check_codes, quantize_matrix
 
 
 def from_pretrained_in_codes(
@@ -47,14 +47,14 @@ def from_pretrained_in_codes(
         The model.
 
     Raises:
-        CheckpointError, ConfigError, MeshError: as of `from_pretrained`.
+        CheckpointError, ConfigError, MeshError: as of `from_pretrained`, and of `check_codes` before anything is read.
         ValueError: as of `quantize`.
     """
     compute, storage, team = float_dtype("dtype", dtype), float_dtype("param_dtype", param_dtype), team_of(mesh)
     with team.agreed():
         weights = open_weights(local_folder(folder))
+        check_codes(weights.config, rules, mesh, kind, block)
         model = abstract_model(weights.config, mesh, rules=rules, dtype=compute, param_dtype=storage)
-        jax.eval_shape(lambda model: quantize(model, kind, block=block), model)  # refused before anything is read
     graph, state = nnx.split(model)
     shapes = parameters(state)
 

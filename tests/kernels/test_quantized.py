@@ -1,5 +1,7 @@
 """Quantised matrices: against the formulas written in numpy, within each block's bound, and the TPU kernel against both."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -56,13 +58,24 @@ def test_values_are_those_of_the_formulas_and_within_their_bounds(kind):
 
 
 @pytest.mark.parametrize(
-    "kind, shape, block", [("int8", (2, 128, 1280), 64), ("int4", (256, 768), 64), ("nf4", (3, 384, 256), 128)]
+    "kind, shape, block, dtype",
+    [
+        ("int8", (2, 128, 1280), 64, jnp.bfloat16),
+        ("int4", (256, 768), 64, jnp.bfloat16),
+        ("nf4", (2, 384, 256), 128, jnp.bfloat16),
+        # Blocks of the result that hang over the edge, and behind the last scale.
+        ("int8", (303, 1280), 20, jnp.float32),
+        ("nf4", (258, 1096), 4, jnp.bfloat16),
+        ("int4", (10, 2112), 64, jnp.float16),
+        ("nf4", (2, 1880), 47, jnp.float32),
+    ],
 )
-def test_the_kernel_is_the_definition(kind, shape, block):
+def test_the_kernel_is_the_definition(kind, shape, block, dtype):
     codes, scales = quantize(jax.random.normal(jax.random.key(0), shape), kind, block=block)
-    wanted = dequantize(codes, scales, kind, jnp.bfloat16)
+    wanted = dequantize(codes, scales, kind, dtype)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
-        found = dequantize(codes, scales, kind, jnp.bfloat16, implementation="tpu")
+        found = dequantize(codes, scales, kind, dtype, implementation="tpu")
+    assert found.dtype == dtype
     np.testing.assert_array_equal(found, wanted)
 
 
@@ -70,18 +83,45 @@ def test_the_kernel_is_the_definition(kind, shape, block):
 def test_a_loop_over_layers_keeps_it_inside(chip):
     """Plain operations of the same loop would be done for the whole stack, in front of it, and the backward pass keep all."""
     device = SingleDeviceSharding(topologies.get_topology_desc(CHIPS[chip], "tpu").devices[0])
-    codes, scales = jax.eval_shape(lambda: quantize(jnp.ones((6, 512, 512)), "nf4"))
+    # Whole lanes; and neither rows nor columns whole lanes, more scales a row than there is room for, a result of float16.
+    forms = [(512, 512, 64, jnp.bfloat16), (600, 1504, 2, jnp.float16)]
+    forms = forms if chip in ("v5e", "v5p") else forms[:1]  # two compilers' word will do
     place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)  # noqa: E731
-    x = jax.ShapeDtypeStruct((128, 512), jnp.bfloat16, sharding=device)
+    made = [quantize_shapes(out, inner, block) for out, inner, block, _ in forms]
+    xs = [jax.ShapeDtypeStruct((128, inner), dtype, sharding=device) for _, inner, _, dtype in forms]
 
-    def loss(x, codes, scales):
-        def body(x, layer):
-            return jnp.tanh(x @ dequantize(layer[0], layer[1], "nf4", jnp.bfloat16)), None
+    def loss(xs, stacks):
+        def body(xs, layer):
+            matrices = [dequantize(codes, scales, "nf4", x.dtype) for (codes, scales), x in zip(layer, xs, strict=True)]
+            return [jnp.tanh(x @ matrix.T @ matrix) for x, matrix in zip(xs, matrices, strict=True)], None
 
-        return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), x, (codes, scales))[0].astype(jnp.float32).sum()
+        ends = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), xs, stacks)[0]
+        return sum(end.astype(jnp.float32).sum() for end in ends)
 
-    text = jax.jit(jax.grad(loss)).lower(x, place(codes), place(scales)).compile().as_text() or ""
-    assert "bf16[6,512,512]" not in text and text.count('custom_call_target="tpu_custom_call"') >= 2
+    text = jax.jit(jax.grad(loss)).lower(xs, jax.tree.map(place, made)).compile().as_text() or ""
+    assert text.count('custom_call_target="tpu_custom_call"') >= 2 * len(forms)
+    for out, inner, *_ in forms:
+        assert not re.search(rf"(bf16|f16|f32)\[6,({out},{inner}|{inner},{out})\]", text)
+
+
+def quantize_shapes(out: int, inner: int, block: int):
+    return jax.eval_shape(lambda: quantize(jnp.ones((6, out, inner)), "nf4", block=block))
+
+
+def test_what_the_kernel_has_no_room_for_is_warned_of_on_a_tpu(monkeypatch):
+    codes, scales = quantize(jnp.ones((4, 1024)), "int8", block=1)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.warns(UserWarning, match="dequantize: 4 x 1024 by 1024 scales a row of bfloat16; 'tpu' accepts scales of"):
+        dequantize(codes, scales, "int8", jnp.float32)
+
+
+def test_scales_have_no_derivative():
+    codes, scales = quantize(jnp.ones((4, 64)), "nf4", block=16)
+    x = jnp.ones((2, 64))
+    run = lambda x, scales: (x @ dequantize(codes, scales, "nf4", jnp.float32).T).sum()  # noqa: E731
+    np.testing.assert_array_equal(jax.jit(jax.grad(run))(x, scales), np.full((2, 64), 4.0))
+    with pytest.raises(ValueError, match="dequantize: scales are differentiated, and they are frozen as their codes are; acc"):
+        jax.jit(jax.grad(run, argnums=1))(x, scales)
 
 
 def test_what_is_refused():
@@ -94,7 +134,7 @@ def test_what_is_refused():
     codes, scales = quantize(jnp.ones((4, 64)), "int8")
     with pytest.raises(ValueError, match=r"dequantize: codes are int8\[4, 64\] .* accepted of nf4 are uint8"):
         dequantize(codes, scales, "nf4", jnp.float32)
-    with pytest.raises(ValueError, match="dequantize: 4 x 64 to float32 by 1 scales of bfloat16; 'tpu' accepts multiples"):
-        dequantize(codes, scales, "int8", jnp.float32, implementation="tpu")
+    with pytest.raises(ValueError, match="dequantize: 4 x 64 by 1 scales a row of float32; 'tpu' accepts scales of bfloat16"):
+        dequantize(codes, scales.astype(jnp.float32), "int8", jnp.float32, implementation="tpu")
     with pytest.raises(ValueError, match="dequantize: dtype is int8; accepted are float32, bfloat16 and float16"):
         dequantize(codes, scales, "int8", jnp.int8)

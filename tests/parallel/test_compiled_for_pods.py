@@ -20,9 +20,9 @@ from jax.sharding import AbstractMesh
 from qwen3_jax import Qwen3Config
 from qwen3_jax.parallel.mesh import AXES
 from qwen3_jax.parallel.rules import TRAIN_RULES
+from qwen3_jax.planning.buffers import Memory, dumped, program_text, read_memory
 from qwen3_jax.planning.job import Job
 from qwen3_jax.planning.shares import adapters, parameters, shares
-from tools.buffers import Memory, dumped, program_text, read_memory
 
 # Four layers, dense and MoE by turns: one scan of two. Widths are whole tiles, and tell the arrays of a program apart.
 CONFIG = Qwen3Config(

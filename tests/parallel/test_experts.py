@@ -1,6 +1,7 @@
 """Tokens to experts and back by each transport, with buffers that overflow, and what is counted when they may not."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import re
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+import pallas_kernels
 from qwen3_jax import make_mesh
 from qwen3_jax.parallel import expert_rows
 from qwen3_jax.parallel.dispatch import TRANSPORTS, Dispatch
+from qwen3_jax.parallel.expert_weights import Coded, array_axes
 from qwen3_jax.parallel.experts import WEIGHT_AXES, apply_experts
-from qwen3_jax.parallel.rules import RULES, use_rules
+from qwen3_jax.parallel.rules import RULES, placed, use_rules
 from qwen3_jax.parallel.transports import exchange
 from qwen3_jax.planning.program import overlaps
 
@@ -89,6 +92,24 @@ def test_rows_are_added_piece_by_piece(monkeypatch):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
     for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted_gradients), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * float(jnp.abs(other).max()))
+
+
+@pytest.mark.parametrize("wish", ["", "fsdp=2,expert=2,tensor=2"])
+def test_scales_are_refused_a_derivative(wish):
+    """Of codes' scales none is made, and none is passed off as zeros, on one device and on a mesh."""
+    gate, up, down = weights()
+    coded = Coded(*pallas_kernels.quantize(down, "int8", block=4), "int8")
+
+    def loss(gate, scales):
+        matrices = gate, up, dataclasses.replace(coded, scales=scales)
+        leaves = map(lambda leaf, names: placed(leaf, *names), jax.tree.leaves(matrices), array_axes(matrices))
+        rows = [placed(array, "batch", "seq", None) for array in (*tokens(), chosen(0, 0))]
+        return apply_experts(jax.tree.unflatten(jax.tree.structure(matrices), leaves), *rows)[0].sum()
+
+    with jax.set_mesh(make_mesh(wish)) if wish else contextlib.nullcontext():
+        assert jax.eval_shape(jax.grad(loss), gate, coded.scales).shape == gate.shape
+        with pytest.raises(ValueError, match="scales are differentiated, and they are frozen as their codes are; accepted is"):
+            jax.eval_shape(jax.grad(loss, argnums=1), gate, coded.scales)
 
 
 def test_what_a_forbidden_round_drops_is_counted():

@@ -1,5 +1,7 @@
 """Meshes: all that fit and no other, in the order that the analytic model gives."""
 
+import contextlib
+import dataclasses
 import math
 
 import pytest
@@ -7,14 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
 
-from qwen3_jax import Qwen3Config
+from qwen3_jax import Qwen3Config, make_mesh
+from qwen3_jax.model.abstract import abstract_model
 from qwen3_jax.parallel.fit import check_batch, fitted
 from qwen3_jax.parallel.mesh import AXES, MeshError
 from qwen3_jax.parallel.rules import RULES, TRAIN_RULES
 from qwen3_jax.planning.candidates import Named, candidates, mesh_sizes, tables
 from qwen3_jax.planning.efficiency import Efficiency
 from qwen3_jax.planning.job import Job, PlanError
+from qwen3_jax.planning.shares import shares
 from qwen3_jax.planning.topology import devices_of, parse_topology
+from qwen3_jax.tune.lora import LoraConfig
 from tests.model.models import CONFIGS
 from tests.planning.jobs import job
 
@@ -100,3 +105,63 @@ def test_meshes_may_be_named():
 def test_where_nothing_fits_the_last_reason_is_told():
     with pytest.raises(PlanError, match="no mesh of 32 devices fits 3 rows of 64 tokens in prefill: .* 3 / 32 leaves 3"):
         listed(job("dense", "prefill", 3), "v5p:2x4x4")
+
+
+def test_a_mesh_that_cuts_a_block_of_codes_is_no_candidate():
+    """Two heads of 64 and an MLP of 128: of blocks of 64 that lie along them tensor=4 leaves half to a device."""
+    config = Qwen3Config(
+        vocab_size=512,
+        hidden_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        intermediate_size=128,
+    )
+    whole = Job(config, "lora", 8, 64)
+    codes = dataclasses.replace(whole, base="int4")
+    meshes = {base: {each.wish for each in listed(work, "v5e:2x2")} for base, work in (("floats", whole), ("codes", codes))}
+    assert meshes["codes"] < meshes["floats"] and meshes["floats"] - meshes["codes"] == {"tensor=4"}
+    with pytest.raises(MeshError, match=r"attention.o has 128 columns in int4, in blocks of 64, over tensor=4: 128 / 4 leaves"):
+        listed(codes, "v5e:2x2", ["tensor=4"])
+    with pytest.raises(
+        PlanError, match=r"base is int4, in blocks of 64, and hidden_size is 96: 96 / 64 leaves 32; accepted is"
+    ):
+        Job(dataclasses.replace(config, hidden_size=96), "lora", 8, 64, base="int4")
+
+
+@pytest.mark.parametrize(
+    "rules, wish, whole",
+    [(RULES, "fsdp=2,expert=4", True), (TRAIN_RULES, "fsdp=2,expert=4", False), (RULES, "expert=2,tensor=4", False)],
+    ids=["embed in two", "embed in eight", "width in four"],
+)
+def test_blocks_are_cut_where_the_model_itself_says_so(rules, wish, whole):
+    """D is 256, an expert's width 128; what is refused here is what quantising on that mesh refuses."""
+    config = Qwen3Config(
+        vocab_size=512,
+        hidden_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=64,
+        moe_intermediate_size=128,
+        num_experts=8,
+        num_experts_per_tok=2,
+    )
+    work, mesh = Job(config, "lora", 8, 64, base="nf4"), make_mesh(wish)
+    for look in (
+        lambda: shares(work, mesh, rules),
+        lambda: abstract_model(config, mesh, rules=rules, adapt=LoraConfig(base="nf4")),
+    ):
+        with contextlib.nullcontext() if whole else pytest.raises(MeshError, match="in blocks of 64"):
+            look()
+
+
+def test_a_mesh_that_fits_under_one_table_is_tried_under_that_one():
+    """Sixteen rows over eight devices: the tables differ in the embed axis, of which 320 numbers are blocks of 64 in five."""
+    config = dataclasses.replace(CONFIGS["moe"], hidden_size=320, num_attention_heads=4, head_dim=64, moe_intermediate_size=64)
+    work = Job(config, "lora", 16, 64, base="int8")
+    (found,) = listed(work, "v5e:2x4", ["data=2,expert=4"])
+    assert found.rules.name == "default"
+    with pytest.raises(MeshError, match=r"attention.q has 320 columns in int8, in blocks of 64, over expert=4"):
+        listed(work, "v5e:2x4", ["data=2,expert=4"], ["embed=expert"])

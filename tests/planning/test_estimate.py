@@ -66,13 +66,19 @@ def test_adapters_of_a_device_are_those_of_its_shards(rules, wish):
     assert sum(factors.total for factors in adapters(given, shares(given, mesh, rules)).values()) == held
 
 
-@pytest.mark.parametrize("base, dtype, wish", [("nf4", "bfloat16", "fsdp=2,expert=4"), ("int8", "float32", "fsdp=4,tensor=2")])
-def test_a_base_in_codes_takes_the_bytes_of_its_shards(base, dtype, wish):
+@pytest.mark.parametrize(
+    "base, dtype, wish",
+    [
+        ("nf4", "bfloat16", "fsdp=2,expert=4"),
+        ("int8", "float32", "fsdp=4,tensor=2"),
+        ("float32", "bfloat16", "fsdp=2,expert=2,tensor=2"),
+    ],
+)
+def test_a_frozen_base_takes_the_bytes_of_its_shards(base, dtype, wish):
     mesh, config = make_mesh(wish), dataclasses.replace(Qwen3Config.preset("qwen3-30b-a3b"), num_hidden_layers=1)
     given = Job(config, "lora", 8, 128, base=base, adapter_dtype=dtype)
-    state = abstract_train_state(
-        config, adamw(1e-4), mesh, param_dtype="bfloat16", adapt=LoraConfig(base=base), adapter_dtype=dtype
-    )
+    options = dict(param_dtype=given.float_dtype, adapt=LoraConfig(base=given.codes), adapter_dtype=dtype)
+    state = abstract_train_state(config, adamw(1e-4), mesh, **options)
     memory = device_memory(given, shares(given, mesh))
     assert memory["weights"] == device_bytes((state.params, state.frozen))
     assert memory["optimizer"] == pytest.approx(device_bytes(state.opt_state), abs=8)  # and two counters
@@ -167,6 +173,19 @@ def test_traffic_by_hand():
     assert sent(lora, tensor=2) == tensor  # a product of the frozen matrices less, and none of its sums
     keys = sent(given, context=2)["all-gather", "keys and values"]
     assert keys == 4 * 2 * 4 * (16 * 64 * 2 * 16 * 2) / 2
+
+
+def test_frozen_weights_travel_as_they_are_kept_and_no_wider_than_products_read_them():
+    """Codes with their scales in another array; float32 is cast before it is gathered."""
+    config = dataclasses.replace(Qwen3Config.preset("qwen3-8b"), num_hidden_layers=4)
+    found = {}
+    for base in ("bfloat16", "float32", "nf4"):
+        given = Job(config, "lora", 16, 64, base=base)
+        (found[base],) = [part for part in device_traffic(given, cut_of(given, fsdp=2)) if part.what == "weights"]
+    assert found["float32"] == found["bfloat16"]
+    assert found["bfloat16"].count == 2 * 4 * (4 + 3)  # q, k, v, o and an MLP's three; forward and backward
+    assert found["nf4"].count == 2 * found["bfloat16"].count
+    assert found["nf4"].bytes / found["bfloat16"].bytes == (0.5 + 2 / 64) / 2
 
 
 def test_tokens_travel_as_the_dispatch_lets_them():

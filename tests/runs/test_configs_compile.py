@@ -1,13 +1,14 @@
-"""Every run of configs/ compiles for the chips it names, its widths whole and its depth cut down to two layers."""
+"""`qwen3-jax plan` compiles every run of configs/ for the chips it names, its widths whole and its depth cut to two layers."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from qwen3_jax.cli.main import main
 from qwen3_jax.runs.dry_run import dry_run
 from qwen3_jax.runs.models import model_config
 from qwen3_jax.runs.resolve import resolve
-from tools.compile_run import placed
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # The file, its stage that needs most, and where it is not its own, a topology: CUDA's compiler is not in the tests.
@@ -38,13 +39,20 @@ def test_some_runs_have_the_program_of_another(name, other):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_run_compiles_for_its_chips(name):
+def test_a_run_compiles_for_its_chips(name, tmp_path):
     """Its arguments are what a dry run says; all of it fits a chip with much to spare, for most of the layers are left out."""
-    stage, topology = STEPS[name]
-    memory = placed(CONFIGS / f"{name}.toml", stage, 2, topology)
+    (stage, topology), file, told = STEPS[name], CONFIGS / f"{name}.toml", tmp_path / "plan.json"
+    words = ["--stage", stage, "--layers", "2", *(["--topology", topology] if topology else [])]
+    assert main(["plan", str(file), *words, "--json", str(told)]) == 0
+    plan = json.loads(told.read_text())
     words = ["--model.config.num_hidden_layers", "2", *(["--mesh.topology", topology] if topology else [])]
-    need = dry_run(resolve(CONFIGS / f"{name}.toml", words).run)
+    run = resolve(file, words).run
+    need = dry_run(run)
     (said,) = [each.memory for each in need.stages if each.name == stage]
+    (found,) = plan["stages"]
+    assert (plan["layers"], plan["mesh"], plan["topology"]) == (2, need.mesh, run.mesh.topology)
+    assert (found["stage"], found["fits"], found["analytic"]["bytes"]) == (stage, True, said)
     # The demo's arrays are smaller than the tiles that they are padded to.
-    assert memory.arguments == pytest.approx(said["weights"] + said["optimizer"], rel=0.3 if name == "demo" else 0.06)
-    assert need.hbm is not None and memory.arguments + memory.temporaries < need.hbm
+    arguments, hbm = found["bytes"]["arguments"], plan["chip"]["hbm"]
+    assert arguments == pytest.approx(said["weights"] + said["optimizer"], rel=0.3 if name == "demo" else 0.06)
+    assert arguments + found["bytes"]["temporaries"] == found["bytes"]["total"] < hbm == need.hbm

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from qwen3_jax.cli.main import main
-from qwen3_jax.parallel.mesh import MeshError
+from qwen3_jax.parallel.mesh import MeshError, make_mesh
+from qwen3_jax.planning.programs import device_bytes
 from qwen3_jax.runs.dry_run import dry_run
 from qwen3_jax.runs.models import check_weights, model_config
 from qwen3_jax.runs.resolve import resolve
+from qwen3_jax.runs.step_worker import abstract_state
 from qwen3_jax.runs.toml import RunError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
@@ -63,6 +65,25 @@ def test_codes_and_adapters_in_16_bits_take_less():
     pairs, words, matrices = 844e6, 622e6, 29.9e9  # experts and adapters lie on eight devices, as all else does
     assert memory["weights"] == pytest.approx((17 / 32 * matrices + 2 * words + 2 * pairs) / 8, rel=0.1)
     assert memory["optimizer"] == pytest.approx(4 * pairs / 8, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model.param_dtype", "bfloat16"],
+        ["--model.folder", "not-there", "--lora", '{ base_dtype = "float32", dtype = "bfloat16" }'],
+        ["--model.folder", "not-there", "--lora", '{ base_dtype = "nf4" }', "--optimizer.moment_dtype", "bfloat16"],
+    ],
+    ids=["trained in 16 bits", "a base in 32", "codes"],
+)
+def test_memory_is_what_the_state_of_the_run_takes(words):
+    """Weights and moments in the dtypes that the run gives them."""
+    layers = ["--model.config.num_hidden_layers", "2", "--mesh.axes", "fsdp=4,tensor=2"]
+    run = resolve(RUNS["pretrain_0.6b"], [*layers, *words]).run
+    state, memory = abstract_state(run, make_mesh(run.mesh.axes)), dry_run(run).stages[0].memory
+    assert memory["weights"] == device_bytes((state.params, state.frozen))
+    assert memory["gradients"] == device_bytes(state.params)
+    assert memory["optimizer"] == pytest.approx(device_bytes(state.opt_state), abs=8)  # and two counters
 
 
 def test_a_run_that_does_not_fit_says_by_how_much(capsys):

@@ -16,6 +16,7 @@ from qwen3_jax.runs.report import highest, lost_share, means, report, without_re
 from qwen3_jax.runs.schema import ModelSection, Run, StageSection
 from qwen3_jax.runs.starts import Starts
 from qwen3_jax.training.journal import read_lines
+from tools.show_run import tokens_before
 
 RUN = Run(name="<one>", model=ModelSection(preset="qwen3-0.6b"), stages={"all": StageSection(tokens=80, batch=1, seq=10)})
 
@@ -161,3 +162,9 @@ def test_the_share_lost_is_of_what_is_known():
     assert lost_share([]) is None
     assert lost_share([start(0.0, None, 0, 0, "killed")]) is None
     assert lost_share(STARTS) == 0.5
+
+
+def test_a_start_is_drawn_where_its_first_step_is():
+    """Three steps of 10 tokens, then a stage of 40: the line of the step before, what lies between two, and behind the last."""
+    lines = [dict(step=0, tokens_seen=10), dict(step=2, tokens_seen=30), dict(step=4, tokens_seen=110)]
+    assert [tokens_before(step, lines) for step in (0, 1, 2, 3, 4, 5, 6)] == [0, 10, 20, 30, 70, 110, 150]

@@ -16,7 +16,7 @@ import tensorstore as ts
 
 from qwen3_jax import adamw, init_train_state, make_mesh
 from qwen3_jax.training import checkpoints as checkpoints_module
-from qwen3_jax.training.checkpoints import Checkpoints, TrainingCheckpointError, named_arrays
+from qwen3_jax.training.checkpoints import Checkpoints, OtherRunError, TrainingCheckpointError, named_arrays
 from qwen3_jax.training.state import abstract_train_state
 from tests.parallel.test_on_mesh import on_mesh, skewed
 
@@ -165,7 +165,7 @@ def test_what_is_not_whole_does_not_count(saved):
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(saved, name, said):
-    with Checkpoints(saved) as checkpoints, pytest.raises(TrainingCheckpointError, match=said):
+    with Checkpoints(saved) as checkpoints, pytest.raises(OtherRunError, match=said):
         checkpoints.restore(like_of(name))
 
 

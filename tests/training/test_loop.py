@@ -66,7 +66,7 @@ def start():
     return init_train_state(jax.tree.map(jnp.copy, random_model("moe")), OPTIMIZER)
 
 
-def run(folder, *stops, policy=None, spoiled=(), step=step_of, lines=None):
+def run(folder, *stops, policy=None, spoiled=(), step=step_of, lines=None, trace=None):
     """One start of the run; its last state, whether it is done, and the data that it opened."""
     opened = []
 
@@ -85,7 +85,8 @@ def run(folder, *stops, policy=None, spoiled=(), step=step_of, lines=None):
         if found is not None:
             state, progress = found.state, Progress(**found.run["progress"])
         journal = Journal(folder / "metrics.jsonl", int(state.step))
-        loop = Loop(stages, policy or Policy(save_every=4, write_every=1), checkpoints, journal, about={"name": "test"})
+        policy = policy or Policy(save_every=4, write_every=1)
+        loop = Loop(stages, policy, checkpoints, journal, about={"name": "test"}, trace=trace)
         try:
             state, done = loop.run(state, progress, Asked(*stops))
         finally:
@@ -149,6 +150,13 @@ def test_a_run_that_lost_its_last_steps_makes_them_again(straight, tmp_path):
     state, done, opened = run(tmp_path)
     assert done and opened[0].given[0] == 0  # the save at the first stage's end, step 5
     assert bits(state) == straight[0] and curve(tmp_path) == straight[1]
+
+
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(straight, tmp_path, caplog):
+    state, done, _ = run(tmp_path, policy=Policy(save_every=4, write_every=1, profile=(1, 2)), trace="/proc/none")
+    assert done and bits(state) == straight[0]
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "qwen3_jax.training.loop"]
+    assert said.startswith("the trace of watch.profile cannot be written: ") and "/proc/none" in said
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_told(tmp_path):

@@ -1,5 +1,6 @@
 """Optimizer state in host memory: the same training, fetched a layer at a time, and on a TPU its bytes off the chip."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import pytest
 from flax import nnx
 
 from qwen3_jax import adamw, init_train_state, make_mesh, make_train_step
+from qwen3_jax.cli.main import main
 from qwen3_jax.runs.dry_run import dry_run
 from qwen3_jax.runs.resolve import resolve
 from qwen3_jax.training.offload import to_host
 from qwen3_jax.training.optimizer import muon
 from tests.model.models import random_model
 from tests.parallel.test_on_mesh import batch, on_mesh, skewed
-from tools.compile_run import placed
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -96,4 +97,6 @@ def test_a_tpu_keeps_the_state_off_the_chip(tmp_path):
     (stage,) = dry_run(resolve(file).run).stages
     assert stage.memory["optimizer"] == 0
     # Its arrays are smaller than the tiles that they are padded to.
-    assert placed(file, "all").arguments == pytest.approx(stage.memory["weights"], rel=0.3)
+    assert main(["plan", str(file), "--json", str(tmp_path / "plan.json")]) == 0
+    (found,) = json.loads((tmp_path / "plan.json").read_text())["stages"]
+    assert found["bytes"]["arguments"] == pytest.approx(stage.memory["weights"], rel=0.3)

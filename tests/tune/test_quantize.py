@@ -1,5 +1,6 @@
 """A base in codes: the model of what its codes stand for, with adapters beside it, on one device and on meshes."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -8,18 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from pallas_kernels.quantized import reference
 from qwen3_jax import Qwen3, abstract_model, adamw, init_cache, init_train_state, make_mesh, make_train_step, save_pretrained
 from qwen3_jax.checkpoint.reading import CheckpointError
+from qwen3_jax.checks import ConfigError
 from qwen3_jax.generation.unstack import unstack
+from qwen3_jax.model.quantized import Quantized
 from qwen3_jax.parallel.dispatch import Dispatch
-from qwen3_jax.parallel.mesh import MeshError
+from qwen3_jax.parallel.mesh import AXES, MeshError
 from qwen3_jax.parallel.rules import RULES
 from qwen3_jax.training.state import trained_model
 from qwen3_jax.tune.lora import LoraConfig, attach, config_of, merge
+from qwen3_jax.tune.matrices import matrices, weight_of
 from qwen3_jax.tune.pretrained import from_pretrained_in_codes
-from qwen3_jax.tune.quantize import dequantize, quantize
+from qwen3_jax.tune.quantize import check_codes, dequantize, quantize
 from tests.model.models import CONFIGS, QUICK, random_model, random_tokens
 from tests.tune.test_lora import CLOSE, batch, loss_of, on_mesh
 
@@ -173,6 +178,12 @@ def test_what_is_refused(tmp_path):
         ValueError, match="attention.q has 32 columns in blocks of 64: 32 / 64 leaves 32; accepted is a number that divides"
     ):
         quantize(model, "nf4")
+    infinite = nnx.clone(model)
+    infinite.segments[0].blocks[0].mlp.down.weight.set_value(
+        model.segments[0].blocks[0].mlp.down.weight[...].at[1, 2, 3].set(jnp.inf)
+    )
+    with pytest.raises(ValueError, match="mlp.down has infinities or NaN, or what is infinite in bfloat16: accepted are"):
+        quantize(infinite, "nf4", block=4)
     with pytest.raises(ValueError, match="the model is in nf4 already: accepted is one of floats"):
         quantize(quantized, "int8", block=4)
     with pytest.raises(ValueError, match="the model is in nf4 of blocks of 4, and base is 'int4', block 4: accepted are"):
@@ -186,10 +197,58 @@ def test_what_is_refused(tmp_path):
         trained_model(CONFIGS["dense"], state, adapt=dataclasses.replace(LORA, base="int4"))
     with pytest.raises(CheckpointError, match="the model's matrices are codes, for which a checkpoint has no place"):
         save_pretrained(quantized, tmp_path / "out")
-    for block, says in ((16, "48 columns in blocks of 16 over 4 shards: 48 / 4 / 16 is no whole number"), (4, None)):
-        lora = dataclasses.replace(LORA, block=block)
-        with pytest.raises(MeshError, match=says) if says else jax.set_mesh(None):
-            abstract_model(CONFIGS["dense"], make_mesh("data=2,tensor=4"), adapt=lora)
+    with pytest.raises(MeshError, match="mlp.down has 48 columns in blocks of 16, over tensor=4: 3 / 4 leaves 3; accepted is"):
+        abstract_model(CONFIGS["dense"], make_mesh("data=2,tensor=4"), adapt=dataclasses.replace(LORA, block=16))
+    abstract_model(CONFIGS["dense"], make_mesh("data=2,tensor=4"), adapt=LORA)
+
+
+SHARED = RULES.replace(embed=("fsdp", "tensor"))  # and heads and mlp are over tensor as well
+
+
+@pytest.mark.parametrize(
+    "rules, sizes, block, says",
+    [
+        (RULES, (1, 4, 1, 1, 1), 8, None),
+        (RULES, (1, 8, 1, 1, 1), 8, "attention.q has 32 columns in blocks of 8, over fsdp=8: 4 / 8 leaves 4; accepted is"),
+        (RULES, (1, 1, 1, 1, 4), 8, "mlp.down has 48 columns in blocks of 8, over tensor=4: 6 / 4 leaves 2"),
+        # q lies over tensor and fsdp; down is kept over both along embed, and multiplies over tensor along mlp.
+        (SHARED, (1, 4, 1, 1, 2), 8, None),
+        (SHARED, (1, 2, 1, 1, 2), 16, "mlp.down has 48 columns in blocks of 16, over tensor=2: 3 / 2 leaves 1"),
+        (RULES, (1, 1, 1, 1, 3), 8, "4 query heads over tensor=3"),
+    ],
+)
+def test_a_mesh_is_told_before_anything_is_made(rules, sizes, block, says):
+    mesh = AbstractMesh(sizes, AXES)
+    with pytest.raises(MeshError, match=says) if says else contextlib.nullcontext():
+        check_codes(CONFIGS["dense"], rules, mesh, "nf4", block)
+
+
+def test_what_no_mesh_mends_is_told_by_the_matrix():
+    with pytest.raises(
+        ConfigError, match="attention.q has 32 columns in blocks of 64: 32 / 64 leaves 32; accepted is a number"
+    ):
+        check_codes(CONFIGS["dense"], RULES, None, "int8")
+    odd = dataclasses.replace(CONFIGS["moe"], moe_intermediate_size=21)
+    with pytest.raises(ConfigError, match="moe.gate has 21 rows in nf4, where two rows share bytes; accepted is an even"):
+        check_codes(odd, RULES, AbstractMesh((1,) * 5, AXES), "nf4", 1)
+    check_codes(odd, RULES, None, "int8", 1)
+    with pytest.raises(MeshError, match="moe.gate has 24 rows in int4, by 2 in a byte, over tensor=8: 12 / 8 leaves 4"):
+        rules = RULES.replace(heads=None, kv_heads=None)
+        check_codes(CONFIGS["moe"], rules, AbstractMesh((1, 1, 1, 1, 8), AXES), "int4", 1)
+    with pytest.raises(ConfigError, match="block is 0: accepted is a whole number from 1"):
+        check_codes(CONFIGS["dense"], RULES, None, "int8", 0)
+
+
+def test_scales_lie_as_their_codes_do():
+    """Where two axes of a matrix share a mesh axis, the order of the scales' own axes would give it to the other of them."""
+    model = abstract_model(
+        CONFIGS["dense"], make_mesh("fsdp=4,tensor=2"), rules=SHARED, adapt=lambda model: quantize(model, "nf4", block=8)
+    )
+    for module, _, name in matrices(model):
+        weight, _ = weight_of(module, name)
+        assert isinstance(weight, Quantized)
+        layers, out, inner = weight.codes.sharding.spec
+        assert weight.scales.sharding.spec == PartitionSpec(layers, inner, out), name
 
 
 @pytest.mark.parametrize("wish", ["", "fsdp=2,expert=2,tensor=2"])

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import qwen3_jax
 from qwen3_jax import Batch, Qwen3Config, Sampling
+from qwen3_jax.host_memory import keep_freed_memory_on_cpu
 from qwen3_jax.training.state import TrainState, trained_model
 from tools.demo.corpus import batches, conversations, train_tokenizer
 from tools.demo.report import (
@@ -249,6 +250,7 @@ def main(options: Options) -> int:
         )
         print(told, file=sys.stderr)
         return 2
+    keep_freed_memory_on_cpu()
     jax.config.update("jax_num_cpu_devices", 8)
     console, begin = Console(), time.monotonic()
     samples = conversations()

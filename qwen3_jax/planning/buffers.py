@@ -112,8 +112,9 @@ def _allocations(path: Path) -> tuple[int, int, list[tuple[str, int, int, str]]]
     for line in path.read_text().splitlines():
         if found := head.match(line):
             size, what = int(found[1]), found[2]
-            arguments += size if " parameter " in f" {what}" and "color" not in what else 0
-            reading = [] if "preallocated-temp" in what and size > temporaries else None
+            there = "color" not in what  # in the chip's memory: others are of VMEM, of the host, of semaphores
+            arguments += size if there and " parameter " in f" {what}" else 0
+            reading = [] if there and "preallocated-temp" in what and size > temporaries else None
             if reading is not None:
                 temporaries, values = size, reading
         elif reading is not None and (found := line_of_value.match(line)):

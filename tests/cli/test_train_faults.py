@@ -1,0 +1,83 @@
+"""What `qwen3-jax train` makes of a fault: an exit code that tells bad input from a fault of the run, and one line."""
+
+import asyncio
+import errno
+import logging
+import os
+from pathlib import Path
+
+import orbax.checkpoint
+import pytest
+
+from qwen3_jax.cli.main import main
+from qwen3_jax.cli.train import _one_error
+from qwen3_jax.data.files import DataError
+from qwen3_jax.runs import train
+from qwen3_jax.runs.export import ExportError
+from qwen3_jax.runs.toml import RunError
+from qwen3_jax.training.checkpoints import OtherRunError, TrainingCheckpointError
+from qwen3_jax.training.loop import TrainingError
+
+DEMO = Path(__file__).resolve().parents[2] / "configs/demo.toml"
+
+
+def no_space():
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/demo/metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    "steps, error, code, traced",
+    [
+        (0, RunError("mesh.processes is 2"), 2, False),
+        (0, DataError("no such folder"), 2, False),
+        (0, OtherRunError("checkpoint of another model"), 2, False),
+        (0, TrainingCheckpointError("none can be read"), 1, False),
+        (0, ExportError("no room for the export"), 1, False),
+        (3, ExportError("no room for the export"), 1, False),
+        (3, TrainingCheckpointError("no room for the checkpoint"), 1, False),
+        (3, no_space(), 1, False),
+        (3, DataError("a damaged file"), 1, False),
+        (3, FileNotFoundError(errno.ENOENT, "No such file or directory", "text/part-0"), 1, False),
+        (3, TrainingError("steps in a row were not finite"), 1, False),
+        (3, ValueError("a fault of the code"), 1, True),
+    ],
+)
+def test_an_exit_code_says_whose_fault_it_was(monkeypatch, capsys, steps, error, code, traced):
+    """2 is a refusal at the door; 1 is what happens to a run, and the same command goes on."""
+
+    def fails(*given):
+        with train._no_refusals(lambda: steps):
+            raise error
+
+    monkeypatch.setattr(train, "train", fails)
+    assert main(["train", str(DEMO)]) == code
+    said = capsys.readouterr().err
+    assert ("Traceback" in said) == traced
+    last = said.splitlines()[-1]
+    assert last.startswith("qwen3-jax train: ") and (error.filename if isinstance(error, OSError) else str(error)) in last
+
+
+def raised_in(module):
+    """An error that went through a module's function."""
+    names = {"__name__": module}
+    exec(compile("def fail(): raise OSError('no room')", "/home/orbax/code.py", "exec"), names)
+    try:
+        names["fail"]()
+    except OSError as error:
+        return error
+
+
+@pytest.mark.parametrize("at, kept", [("orbax.checkpoint._src.futures", False), ("orbax.checkpointing", True), ("mine", True)])
+def test_only_orbax_s_own_tracebacks_are_left_out(caplog, at, kept):
+    error = raised_in(at)
+    assert error is not None
+    file = Path(orbax.checkpoint.__file__).parent / "x.py" if not kept else Path(f"/home/orbax/checkpoint/{at}.py")
+    trace = (type(error), error, error.__traceback__)
+    with _one_error():
+        for logger, name in ((logging.getLogger("absl"), str(file)), (logging.getLogger("asyncio"), asyncio.__file__)):
+            logger.handle(logger.makeRecord(logger.name, logging.ERROR, name, 1, "told with a traceback", (), trace))
+            logger.handle(logger.makeRecord(logger.name, logging.ERROR, name, 1, "told without", (), None))
+    said = ["told with a traceback", "told without"] if kept else ["told without"]
+    assert [(record.name, record.getMessage()) for record in caplog.records] == [
+        (name, line) for name in ("absl", "asyncio") for line in said
+    ]

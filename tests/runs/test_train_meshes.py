@@ -1,0 +1,63 @@
+"""A run on another mesh, and by several processes: the same data, the same curve."""
+
+import json
+import re
+import signal
+
+import numpy as np
+import pytest
+
+from qwen3_jax import from_pretrained
+from tests.parallel.launch import free_port, together
+from tests.runs.launch import QUICK, arrays_of, as_at_step_9, begin, curve, finish
+
+
+def test_two_processes_and_one_make_the_same_run(straight, prepared, place):
+    """Two are told to end, by a signal to each at its own moment, and one goes on: the same data, the curve within 1e-5."""
+    variables = {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {QUICK}",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+        "JAX_NUM_PROCESSES": "2",
+    }
+    exports = ["--checkpoint.export_every", "2", "--checkpoint.export_keep", "1"]
+    command = ["-m", "qwen3_jax.cli.main", "train", str(place / "run.toml"), "--mesh.processes", "2", *exports]
+    with together([command] * 2, [variables | {"JAX_PROCESS_ID": str(at)} for at in range(2)]) as processes:
+        processes[0].read_until("step 2 ")
+        for process in processes:
+            process.signal(signal.SIGTERM)
+        codes = [process.end() for process in processes]
+        said = "\n".join(processes[0].printed)
+        assert codes == [0, 0], processes[0].errors()[-2000:] + processes[1].errors()[-2000:]
+        assert not any(line.startswith("step ") for line in processes[1].printed)
+    found = re.search(r"told to end: saved at step (\d+) of 14", said)
+    assert found is not None, said
+    assert 3 <= int(found[1]) < 14
+    ((folder, saved),) = [(path, path.name) for path in (place / "runs/tiny/exports").iterdir()]
+    assert saved == f"step-{int(found[1]) // 2 * 2}"  # written by both, and counted by one
+    assert from_pretrained(folder).config.num_experts == 4
+    code, out = finish(begin(prepared, place))
+    assert code == 0 and f"goes on at step {found[1]}" in out, out
+    for one, other in zip(curve(place), straight[0], strict=True):
+        for name, value in other.items():
+            if name in ("step", "stage", "tokens_seen"):
+                assert one[name] == value
+            else:
+                np.testing.assert_allclose(one[name], value, rtol=1e-5, atol=1e-6, err_msg=f"{name} of step {one['step']}")
+    found_arrays = arrays_of(place)
+    for name, array in straight[1].items():
+        np.testing.assert_allclose(
+            found_arrays[name], array, rtol=1e-4, atol=1e-5 * max(1.0, np.abs(array).max()), err_msg=name
+        )
+
+
+def test_on_another_mesh_the_run_is_the_same(straight, watched, prepared, place):
+    """The data to its last document, the curve within 1e-5."""
+    as_at_step_9(watched, place)
+    code, out = finish(begin(prepared, place, "--mesh.axes", "data=4"))
+    assert code == 0, out
+    assert "goes on at step 9" in out and "changed since it was saved: mesh.axes" in out
+    for one, other in zip(curve(place), straight[0], strict=True):
+        (name,) = {"loss", "held_out_loss"} & other.keys()
+        assert one[name] == pytest.approx(other[name], rel=1e-5), other["step"]
+    stands = [json.loads((at / "runs/tiny/checkpoints/14/run/metadata").read_text())["progress"] for at in (watched, place)]
+    assert stands[0]["data"] == stands[1]["data"]
