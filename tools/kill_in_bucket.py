@@ -1,6 +1,6 @@
 """Kill a run whose checkpoints lie in a bucket again and again, and hold it against a run without a stop on a disk.
 
-    python -m tools.kill_in_bucket gs://BUCKET/FOLDER [--processes 2] [--kills 12] [--steps 40] [--seed 0]
+    python -m tools.kill_in_bucket gs://BUCKET/FOLDER [--processes 2] [--kills 12] [--steps 40] [--folder FOLDER] [--seed 0]
 
 Needs the extra `gcs`; against a stand-in of the store, STORAGE_EMULATOR_HOST and TENSORSTORE_GCS_HTTP_URL name it. The run is
 that of tools/run_to_kill.py with a checkpoint every two steps. All its processes are killed with SIGKILL a moment after a step
@@ -12,7 +12,6 @@ Exit code 1 where anything differs. What lies at the address before is removed.
 import dataclasses
 import random
 import sys
-import tempfile
 from pathlib import Path
 
 import fsspec
@@ -21,7 +20,7 @@ from rich.console import Console
 
 from tools.compare_runs import differences
 from tools.run_to_kill import NAME, write_run
-from tools.start_runs import Aim, Fault, start
+from tools.start_runs import Aim, Fault, carried_out, start
 
 COMMITTED = "commit_success.txt"
 KEEP = 3
@@ -39,6 +38,8 @@ class Options:
     """How many."""
     steps: int = 40
     """Of the run."""
+    folder: Path | None = None
+    """Where figures and logs go, made anew; None: a temporary one, removed at the end."""
     seed: int = 0
     """Of the steps that are killed, and of how long after their beginning."""
     moment: float = 1.0
@@ -109,21 +110,5 @@ def run(place: Path, options: Options, console: Console) -> int:
     return len(differ)
 
 
-def main() -> int:
-    """Run it."""
-    options = tyro.cli(Options, description=__doc__)
-    console = Console(width=150, highlight=False)
-    with tempfile.TemporaryDirectory(prefix="kill-in-bucket-") as folder:
-        try:
-            return 1 if run(Path(folder), options, console) else 0
-        except Fault as fault:
-            console.print(f"kill_in_bucket: {fault}")
-            for name in sorted(Path(folder).glob("*/said*.txt")):
-                console.print(
-                    f"{name.parent.name}/{name.name}:\n{name.read_text('utf-8', errors='replace')[-2000:]}", markup=False
-                )
-            return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(carried_out("kill_in_bucket", run, tyro.cli(Options, description=__doc__)))

@@ -103,20 +103,27 @@ def _train(run: "Run", console: "Console") -> int:
             cause = error.__cause__
             if isinstance(error, TrainingError) and cause is not None and not isinstance(cause, OSError) and not _ours(cause):
                 traceback.print_exception(cause)  # a fault of the code, whose message does not say where it is
-            print(f"qwen3-jax train: {error}", file=sys.stderr)
-            return 1
+            return _failed(f"qwen3-jax train: {error}")
         except OSError as error:
             places = [run.output, *([run.checkpoint.folder] if run.checkpoint.folder else [])]
             ours = any(_within(error.filename, place) for place in places)
             if error.errno not in FULL and not (error.errno in DENIED and ours):
                 raise
             where, accepted = error.filename or run.output, "accepted is a folder with room, and the right to write there"
-            print(f"qwen3-jax train: {where} cannot be written: {error.strerror}: {accepted}", file=sys.stderr)
-            return 1
+            return _failed(f"qwen3-jax train: {where} cannot be written: {error.strerror}: {accepted}")
     if not ended.done and run.checkpoint.told_to_end:
         # Not returned: of several processes all end so, and a code that is returned tells the others that one has failed.
         sys.exit(run.checkpoint.told_to_end)
     return 0
+
+
+def _failed(reason: str) -> int:
+    """Say why a run has ended, to the other processes too."""
+    from qwen3_jax.parallel.watchdog import leave
+
+    print(reason, file=sys.stderr)
+    leave(1, reason)
+    return 1
 
 
 class _Spoken:
