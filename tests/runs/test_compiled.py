@@ -20,6 +20,8 @@ config = { num_hidden_layers = 2, vocab_size = 8192, bos_token_id = 1, eos_token
 [mesh]
 axes = "fsdp=2,tensor=2"
 topology = "v5e:2x2"
+[data.sources.text]
+folder = "not-there"
 [lora]
 base_dtype = "float32"
 [stages.short]
