@@ -74,6 +74,12 @@ def test_what_a_run_is_not_planned_with(file, words, says, capsys):
     assert says in said and said.count("\n") == 1
 
 
+def test_a_run_without_chips_is_not_planned(file, capsys):
+    file.write_text(file.read_text().replace('topology = "v5e:2x2"', ""))
+    assert main(["plan", str(file)]) == 2
+    assert "run.toml names no chips: accepted are those that the run is meant for" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "model, words, says",
     [
