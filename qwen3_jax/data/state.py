@@ -16,7 +16,7 @@ VERSION = 1
 _KEYS = {
     "seed": "seed",
     "seq": "stages.NAME.seq",
-    "shard_count": "data.shards, a divisor of every stage's batch,",
+    "shard_count": "data.shards (a divisor of every stage's batch)",
     "waiting": "data.waiting",
     "sources": "data.sources and stages.NAME.mixture",
 }

@@ -133,7 +133,7 @@ def test_states_that_do_not_fit_are_refused(config, web):
             merge_states([state, loader.state()])
     for change, name, key in (
         ({"seed": 6}, "seed", "seed"),
-        ({"shards": 6}, "shard_count", "data.shards"),
+        ({"shards": 6}, "shard_count", r"data.shards \(a divisor of every stage's batch\)"),
         ({"waiting": 5}, "waiting", "data.waiting"),
         ({"sources": (Source("web", web),)}, "sources", "data.sources and stages.NAME.mixture"),
     ):
