@@ -84,6 +84,7 @@ def _train(run: "Run", console: "Console") -> int:
 
     keep_freed_memory_on_cpu()  # a step is a fifth faster
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    left_out = LeftOut()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(run.name, total=run.steps)
 
@@ -92,6 +93,8 @@ def _train(run: "Run", console: "Console") -> int:
             line = f"step {step:,}  {figures['stage']}  loss {loss:.4f}  {rate:,.0f} tokens/s"
             if figures["mfu"] is not None:
                 line += f"  MFU {figures['mfu']:.1%}"
+            for skipped in left_out.lines(step, figures):
+                console.print(skipped)
             progress.update(task, completed=step + 1, description=line)
             if not console.is_terminal and (step + 1) % run.watch.every == 0:
                 console.print(line)
@@ -112,6 +115,52 @@ def _train(run: "Run", console: "Console") -> int:
             print(f"qwen3-jax train: {where} cannot be written: {error.strerror}: {accepted}", file=sys.stderr)
             return 1
     return 0
+
+
+class LeftOut:
+    """What the terminal says of steps that were not finite and so were left out: where each row of them begins and ends.
+
+    After SAID rows only every row whose number is a power of two is said, with the count so far.
+    """
+
+    SAID = 16
+
+    def __init__(self) -> None:
+        self._rows, self._first, self._last, self._scale = 0, 0, {}, None
+
+    def lines(self, step: int, figures: Mapping[str, Any]) -> list[str]:
+        """What there is to say after a step.
+
+        Args:
+            step: its number.
+            figures: of it: skipped, skipped_in_a_row, loss, grad_norm, and in float16 loss_scale.
+
+        Returns:
+            Lines, mostly none.
+        """
+        row, scale = int(figures["skipped_in_a_row"]), figures.get("loss_scale")
+        told = []
+        if row == 0:
+            if self._last.get("skipped_in_a_row", 0) > 1 and self._wanted():
+                last = self._last
+                told.append(
+                    f"steps {self._first:,} to {step - 1:,} were left out, {last['skipped_in_a_row']:,} in a row, {last['skipped']:,} in all"
+                    + self._scales(last.get("loss_scale"))
+                )
+        elif row == 1 or not self._last.get("skipped_in_a_row"):
+            self._rows, self._first = self._rows + 1, step - row + 1
+            self._scale = None if scale is None else scale * 2.0**row  # each of them has halved it
+            if self._wanted():
+                why = f"loss {figures['loss']:.4f}, gradient {figures['grad_norm']:.4g}"
+                told.append(f"step {step:,} was left out: {why}, {figures['skipped']:,} in all{self._scales(scale)}")
+        self._last = dict(figures)
+        return told
+
+    def _wanted(self) -> bool:
+        return self._rows <= self.SAID or not self._rows & (self._rows - 1)
+
+    def _scales(self, scale: float | None) -> str:
+        return "" if scale is None or self._scale is None else f"; loss scale {self._scale:,g} -> {scale:,g}"
 
 
 class _Spoken:

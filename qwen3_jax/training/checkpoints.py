@@ -7,6 +7,7 @@ versions. Orbax writes in the background, each process its own shards, in chunks
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import sys
@@ -20,6 +21,7 @@ import orbax.checkpoint as ocp
 
 from qwen3_jax.checkpoint.together import Team
 from qwen3_jax.parallel.mesh import on_mesh_of
+from qwen3_jax.training.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +114,21 @@ class Checkpoints:
                 ),
                 force=True,
             )
+
+    def rewrite(self, step: int, run: Mapping[str, Any]) -> None:
+        """Put other JSON in the place of a whole checkpoint's, whose arrays stay; whenever this stops, one of both is there.
+
+        Args:
+            step: its number.
+            run: JSON.
+
+        Raises:
+            TrainingCheckpointError: it cannot be written.
+        """
+        self._writing = step
+        if jax.process_index() == 0:
+            with self._told():
+                write_whole(self.folder / str(step) / "run" / "metadata", json.dumps(dict(run)))
 
     def wait(self) -> None:
         """Until nothing is being written.

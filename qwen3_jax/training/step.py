@@ -114,7 +114,7 @@ def make_train_step(
 
     Returns:
         step(state, batch) -> (state, metrics); metrics are float32: loss (cross-entropy), balance_loss, router_z_loss,
-        grad_norm, tokens (the labels' weights), loss_scale, and by MoE layer expert_load [L_moe, E], the share of rows that
+        grad_norm, tokens (the labels' weights), in float16 loss_scale, the next step's, and by MoE layer expert_load [L_moe, E], the share of rows that
         each expert got, max_violation [L_moe], how much more the busiest one got than its even share, and router_entropy
         [L_moe] in nats; and int32 dead_experts [L_moe], that got no row, dropped_rows, rows sent to experts minus rows that
         came back, skipped and skipped_in_a_row, steps that changed nothing, for their loss or gradient was not finite.
@@ -151,7 +151,7 @@ def make_train_step(
         params, opt_state = chosen(finite, (params, opt_state), (state.params, before))
         opt_state = put_back(opt_state, state.opt_state)
         guard = state.guard.after(finite, scaling=scaling)
-        metrics |= dict(skipped=guard.skipped, skipped_in_a_row=guard.in_a_row, loss_scale=guard.scale)
+        metrics |= dict(skipped=guard.skipped, skipped_in_a_row=guard.in_a_row) | (dict(loss_scale=guard.scale) if scaling else {})
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, guard=guard), metrics
 
     return TrainStep(step, functools.partial(graph_for, config=config, rules=rules, dtype=jnp.dtype(dtype), adapt=adapt), parts)
