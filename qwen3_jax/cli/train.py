@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WIDEST = 160
-USAGE = """usage: qwen3-jax train RUN.toml [--print-config] [--dry-run] [--help-config] [--section.key value ...]
+USAGE = """usage: qwen3-jax train RUN.toml [--print-config] [--dry-run] [--help-config] [--no-compilation-cache]
+                       [--section.key value ...]
 
 Train by a run's file. --print-config shows every value and where it came from; --dry-run the mesh, the memory of a chip and
-the tokens, and starts nothing; --help-config every key with its unit. `--stages.general.batch 64` gives another value."""
+the tokens, and starts nothing; --help-config every key with its unit; --no-compilation-cache keeps no compiled programs for the next start, as else in
+$XDG_CACHE_HOME or ~/.cache, or where JAX_COMPILATION_CACHE_DIR says. `--stages.general.batch 64` gives another value."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk's, not ours
 DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
-SWITCHES = ("--print-config", "--dry-run", "--help-config")
+NO_CACHE = "--no-compilation-cache"
+SWITCHES = ("--print-config", "--dry-run", "--help-config", NO_CACHE)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,19 +72,21 @@ def main(argv: Sequence[str]) -> int:
         for table in need_tables(resolved.run, need):
             console.print(table)
         return 0 if need.hbm is None or need.bytes <= need.hbm else 1
-    if switches:
+    if set(switches) - {NO_CACHE}:
         return 0
-    return _train(resolved.run, console)
+    return _train(resolved.run, console, keep=NO_CACHE not in switches)
 
 
-def _train(run: "Run", console: "Console") -> int:
+def _train(run: "Run", console: "Console", *, keep: bool) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from qwen3_jax.cli.programs import keep_programs
     from qwen3_jax.host_memory import keep_freed_memory_on_cpu
     from qwen3_jax.runs.train import train
     from qwen3_jax.training.checkpoints import TrainingCheckpointError
     from qwen3_jax.training.loop import TrainingError
 
+    keep_programs(keep)
     keep_freed_memory_on_cpu()  # a step is a fifth faster
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     left_out = LeftOut()

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # What Orbax and TensorStore raise of files that are missing, cut off or changed.
 BROKEN = (ValueError, OSError, KeyError, TypeError)
+TAILS = ("See full TensorStore details", "[tensorstore_spec=", "[source locations", "<bound method")  # where their messages cease to tell anything
+MESSAGE = 400  # characters of them at most
 LEAST_CHUNK = 2**18  # bytes; smaller ones cost more than they spare
 
 
@@ -176,8 +178,8 @@ class Checkpoints:
                 # Orbax tells some failed reads as a bare Exception, whose cause is TensorStore's.
                 if not isinstance(error, BROKEN) and not isinstance(error.__cause__, BROKEN):
                     raise
-                found, reason = None, (str(error).splitlines() or [""])[0][:300] or type(error).__name__
-                logger.warning("checkpoint %d of %s cannot be read, an older one is taken: %s", step, self.folder, error)
+                found, reason = None, _in_a_line(error)
+                logger.debug("checkpoint %d of %s cannot be read", step, self.folder, exc_info=error)
             # Each process reads its own shards: what one cannot read, all pass over, or they would go on from different steps.
             bad = [(index, why) for index, why in enumerate(team.told(reason)) if why]
             if found is None or bad:
@@ -238,12 +240,20 @@ class Checkpoints:
         except TrainingCheckpointError:
             raise
         except (OSError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = _in_a_line(error)
             stand = ", ".join(map(str, self.steps())) or "none"
             what = "a checkpoint" if self._writing is None else f"checkpoint {self._writing}"
             raise TrainingCheckpointError(
                 f"{self.folder}: {what} cannot be written: {reason}; whole ones there: {stand}"
             ) from error
+
+
+def _in_a_line(error: BaseException) -> str:
+    """What an error of Orbax or TensorStore says at first; its specs and its objects by address are left out."""
+    text = (str(error).splitlines() or [""])[0]
+    for tail in TAILS:
+        text = text.partition(tail)[0]
+    return text.strip(" .,:;[(")[:MESSAGE] or type(error).__name__
 
 
 @dataclasses.dataclass(frozen=True)

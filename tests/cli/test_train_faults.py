@@ -50,7 +50,7 @@ def test_an_exit_code_says_whose_fault_it_was(monkeypatch, capsys, steps, error,
             raise error
 
     monkeypatch.setattr(train, "train", fails)
-    assert main(["train", str(DEMO)]) == code
+    assert main(["train", str(DEMO), "--no-compilation-cache"]) == code
     said = capsys.readouterr().err
     assert ("Traceback" in said) == traced
     last = said.splitlines()[-1]
