@@ -326,7 +326,7 @@ class Loop:
         times = len(list(itertools.takewhile(lambda pair: pair[1] >= found.step, reversed(rewound))))
         if times > self._policy.max_rewinds:
             raise TrainingError(
-                f"{spike}; the run went back to step {found.step:,} {times - 1} times without a newer checkpoint since: it stops "
+                f"{spike}; the run went back {times - 1} times to step {found.step:,} without a newer checkpoint since: it stops "
                 "by step.max_rewinds"
             )
         progress.rewound, progress.mean = rewound, before.mean

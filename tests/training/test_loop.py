@@ -159,6 +159,16 @@ def test_a_run_that_lost_its_last_steps_makes_them_again(straight, tmp_path):
     assert bits(state) == straight[0] and curve(tmp_path) == straight[1]
 
 
+def test_a_trace_is_of_the_steps_that_were_asked_for(tmp_path):
+    run(tmp_path, 4, policy=Policy(profile=(1, 2)), trace=str(tmp_path / "trace"))
+    (file,) = (tmp_path / "trace").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(file)).planes
+    names = [event.name for plane in planes for line in plane.lines for event in line.events]
+    assert "PjitFunction(step)" in names
+    # One for each step's batch.
+    assert len([name for name in names if name.startswith("$test_loop.py:") and name.endswith(" __next__")]) == 2
+
+
 def test_a_trace_that_cannot_be_written_does_not_end_the_run(straight, tmp_path, caplog):
     state, done, _ = run(tmp_path, policy=Policy(save_every=4, write_every=1, profile=(1, 2)), trace="/proc/none")
     assert done and bits(state) == straight[0]
@@ -220,7 +230,7 @@ def test_a_spike_rewinds_the_state_and_not_the_data(tmp_path):
 
 def test_a_run_that_only_rewinds_ends(tmp_path):
     said = []
-    with pytest.raises(TrainingError, match="went back to step 5 2 times without a newer .* it stops by step.max_rewinds"):
+    with pytest.raises(TrainingError, match="went back 2 times to step 5 without a newer .* it stops by step.max_rewinds"):
         run(tmp_path, policy=SPIKE, step=poisoned(*range(20)), said=said.append)
     assert len(said) == 2
     # Another start knows of them, and of the data that they went past: it does not begin the same again.
