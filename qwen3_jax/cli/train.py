@@ -23,8 +23,8 @@ USAGE = """usage: qwen3-jax train RUN.toml [--print-config] [--dry-run] [--help-
                        [--section.key value ...]
 
 Train by a run's file. --print-config shows every value and where it came from; --dry-run the mesh, the memory of a chip and
-the tokens, and starts nothing; --help-config every key with its unit; --no-compilation-cache keeps no compiled programs for the next start, as else in
-$XDG_CACHE_HOME or ~/.cache, or where JAX_COMPILATION_CACHE_DIR says. `--stages.general.batch 64` gives another value."""
+the tokens, and starts nothing; --help-config every key with its unit. Compiled programs are kept for the next start, in
+$XDG_CACHE_HOME or ~/.cache, but with --no-compilation-cache. `--stages.general.batch 64` gives another value."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk's, not ours
 DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
 NO_CACHE = "--no-compilation-cache"
@@ -148,10 +148,9 @@ class LeftOut:
         if row == 0:
             if self._last.get("skipped_in_a_row", 0) > 1 and self._wanted():
                 last = self._last
-                told.append(
-                    f"steps {self._first:,} to {step - 1:,} were left out, {last['skipped_in_a_row']:,} in a row, {last['skipped']:,} in all"
-                    + self._scales(last.get("loss_scale"))
-                )
+                which, row = f"steps {self._first:,} to {step - 1:,}", last["skipped_in_a_row"]
+                scales = self._scales(last.get("loss_scale"))
+                told.append(f"{which} were left out, {row:,} in a row, {last['skipped']:,} in all{scales}")
         elif row == 1 or not self._last.get("skipped_in_a_row"):
             self._rows, self._first = self._rows + 1, step - row + 1
             self._scale = None if scale is None else scale * 2.0**row  # each of them has halved it

@@ -163,8 +163,8 @@ def _carry_out(
                     journal.close()  # last, for boards may be slow, and whoever told the run to end may kill it meanwhile
             except OSError as error:  # a disk that is full has ended the run already, and that is what is to be told
                 said(f"the figures' end, the report, or this start's line in it, cannot be written: {error}")
-        how = "done" if done else "told to end before this start's first step: nothing to save," if early else "told to end: saved"
-        said(f"{how} at step {step:,} of {loop.steps:,}")
+        how = "done" if done else "told to end before this start's first step, with nothing to save," if early else ""
+        said(f"{how or 'told to end: saved'} at step {step:,} of {loop.steps:,}")
     said(f"seconds of this start: {'  '.join(f'{name} {value:.1f}' for name, value in seconds.items())}")
     return Ended(step, done, seconds)
 

@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 # What Orbax and TensorStore raise of files that are missing, cut off or changed.
 BROKEN = (ValueError, OSError, KeyError, TypeError)
-TAILS = ("See full TensorStore details", "[tensorstore_spec=", "[source locations", "<bound method")  # where their messages cease to tell anything
+# Where their messages cease to tell anything.
+TAILS = ("See full TensorStore details", "[tensorstore_spec=", "[source locations", "<bound method")
 MESSAGE = 400  # characters of them at most
 LEAST_CHUNK = 2**18  # bytes; smaller ones cost more than they spare
 

@@ -308,9 +308,7 @@ class Loop:
             total, steps = total + made * stage.tokens, steps - made
         return total
 
-    def _rewound(
-        self, spike: str, first: int, state: Any, at: int, progress: Progress, data: Data
-    ) -> tuple[Any, int]:
+    def _rewound(self, spike: str, first: int, state: Any, at: int, progress: Progress, data: Data) -> tuple[Any, int]:
         """The last checkpoint's state; the data stays where it is, past what the loss rose on, whatever ends this start.
 
         A checkpoint from before the stage, where newer ones cannot be read, is gone on from as it is, with its own data.
@@ -325,10 +323,8 @@ class Loop:
         rewound = [*progress.rewound, [at, found.step]]
         times = len(list(itertools.takewhile(lambda pair: pair[1] >= found.step, reversed(rewound))))
         if times > self._policy.max_rewinds:
-            raise TrainingError(
-                f"{spike}; the run went back {times - 1} times to step {found.step:,} without a newer checkpoint since: it stops "
-                "by step.max_rewinds"
-            )
+            went = f"the run went back {times - 1} times to step {found.step:,} without a newer checkpoint since"
+            raise TrainingError(f"{spike}; {went}: it stops by step.max_rewinds")
         progress.rewound, progress.mean = rewound, before.mean
         if found.step >= first:
             progress.data = data.state()

@@ -43,7 +43,7 @@ def told_in(prepared, place, part, *words):
 def test_told_while_weights_are_read_it_makes_no_step(watched, prepared, place):
     as_at_step_9(watched, place)
     said = told_in(prepared, place, "weights")
-    assert "told to end before this start's first step: nothing to save, at step 9 of 14" in said
+    assert "told to end before this start's first step, with nothing to save, at step 9 of 14" in said
     assert not any(line.startswith("step ") for line in said)
     assert [path.name for path in (place / "runs/tiny/checkpoints").iterdir()] == ["9"]
     (only,) = read_lines(place / "runs/tiny/starts.jsonl")
@@ -77,13 +77,14 @@ def test_a_killed_start_holds_nothing(tmp_path, monkeypatch):
         "import sys, time; from pathlib import Path; from qwen3_jax.runs.alone import alone\n"
         "with alone(Path(sys.argv[1]), 0.0): print('held', flush=True); time.sleep(60)"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", holds, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", holds, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environ)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     with monkeypatch.context() as patch:
         patch.setattr(alone_module, "PATIENCE", 0.0)
-        with pytest.raises(RunError, match=rf"since 1970-01-01 00:00:00 UTC, pid {process.pid} on .*: accepted is one at a time"):
+        with pytest.raises(
+            RunError, match=rf"since 1970-01-01 00:00:00 UTC, pid {process.pid} on .*: accepted is one at a time"
+        ):
             with alone(tmp_path, 1.0):
                 pass
         # One that has not said yet who it is.

@@ -1,4 +1,7 @@
-"""One of two processes: told to end before it has asked, in a run that goes on at step 60. Arguments: its own folder, a shared one."""
+"""One of two processes: told to end before it has asked, in a run that goes on at step 60.
+
+Arguments: a folder of its own for compiled programs, and one that both share.
+"""
 
 import os
 import signal
