@@ -9,6 +9,7 @@ from pathlib import Path
 import orbax.checkpoint
 import pytest
 
+from qwen3_jax.cli import programs
 from qwen3_jax.cli.main import main
 from qwen3_jax.cli.train import _one_error
 from qwen3_jax.data.files import DataError
@@ -112,3 +113,12 @@ def test_steps_that_are_left_out_are_said(monkeypatch, capsys):
     assert lines[0] == "step 1 was left out: loss nan, gradient inf, 1 in all"
     assert lines[-1] == "step 1,023 was left out: loss nan, gradient inf, 512 in all"
     assert len(lines) == 16 + 5
+
+
+@pytest.mark.parametrize("words, kept", [([], True), (["--no-compilation-cache"], False)])
+def test_programs_are_kept_unless_the_user_says_no(monkeypatch, words, kept):
+    told = []
+    monkeypatch.setattr(programs, "keep_programs", told.append)
+    monkeypatch.setattr(train, "train", lambda *given: None)
+    assert main(["train", str(DEMO), *words]) == 0
+    assert told == [kept]

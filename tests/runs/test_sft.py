@@ -188,6 +188,8 @@ def test_adapters_leave_the_base_as_it_was(place):
 
 def test_adapters_that_were_killed_midway_are_the_same_to_the_bit(place):
     """The base is read again, the adapters and their optimizer go on where they were."""
+    # Its steps were compiled for the run that it is held against, and kept.
+    kept = sorted(Path(ENVIRONMENT["XDG_CACHE_HOME"]).glob("qwen3-jax/*/jit_step-*-cache"))
     words = ["train", "lora.toml", "--name", "killed", "--checkpoint.every", "10"]
     command = [sys.executable, "-m", "qwen3_jax.cli.main", *words]
     for step in (35, None):
@@ -198,6 +200,7 @@ def test_adapters_that_were_killed_midway_are_the_same_to_the_bit(place):
             at_step(process, step, signal.SIGKILL)
         code, out = finish(process)
         assert code == (0 if step is None else -signal.SIGKILL), out
+    assert len(kept) == 2 and kept == sorted(Path(ENVIRONMENT["XDG_CACHE_HOME"]).glob("qwen3-jax/*/jit_step-*-cache"))
     found = re.search(r"goes on at step (\d+)", out)
     assert found is not None and int(found[1]) in (20, 30, 40, 50), out
     one, other = (arrays_of(place, 60, name=name) for name in ("killed", "lora"))
