@@ -200,7 +200,7 @@ def test_adapters_that_were_killed_midway_are_the_same_to_the_bit(place):
             at_step(process, step, signal.SIGKILL)
         code, out = finish(process)
         assert code == (0 if step is None else -signal.SIGKILL), out
-    assert len(kept) == 2 and kept == sorted(Path(ENVIRONMENT["XDG_CACHE_HOME"]).glob("qwen3-jax/*/jit_step-*-cache"))
+    assert kept and kept == sorted(Path(ENVIRONMENT["XDG_CACHE_HOME"]).glob("qwen3-jax/*/jit_step-*-cache"))
     found = re.search(r"goes on at step (\d+)", out)
     assert found is not None and int(found[1]) in (20, 30, 40, 50), out
     one, other = (arrays_of(place, 60, name=name) for name in ("killed", "lora"))
