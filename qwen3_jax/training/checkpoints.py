@@ -130,8 +130,12 @@ class Checkpoints:
         """
         self._writing = step
         if jax.process_index() == 0:
+            file, text = self.folder / str(step) / "run" / "metadata", json.dumps(dict(run))
             with self._told():
-                write_whole(self.folder / str(step) / "run" / "metadata", json.dumps(dict(run)))
+                if "://" in str(file):
+                    file.write_text(text)  # an object appears whole
+                else:
+                    write_whole(Path(file), text)
 
     def wait(self) -> None:
         """Until nothing is being written.
@@ -254,7 +258,9 @@ def _in_a_line(error: BaseException) -> str:
     text = (str(error).splitlines() or [""])[0]
     for tail in TAILS:
         text = text.partition(tail)[0]
-    return text.strip(" .,:;[(")[:MESSAGE] or type(error).__name__
+    text = text.strip(" .,:;[(") or type(error).__name__
+    # The file is named at the beginning, and what is wrong with it at the end.
+    return text if len(text) <= MESSAGE else f"{text[: MESSAGE // 2]} ... {text[-MESSAGE // 2 + 5 :]}"
 
 
 @dataclasses.dataclass(frozen=True)
