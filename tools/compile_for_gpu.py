@@ -28,21 +28,7 @@ from pallas_kernels.attention.shapes import CASES as ATTENTIONS
 from pallas_kernels.grouped_matmul.shapes import DECODE, PREFILL
 from qwen3_jax import Qwen3Config, abstract_model, init_cache
 from qwen3_jax.parallel.mesh import AXES
-
-# An H100 SXM as its driver reports it, in the text form of XLA's GpuTargetConfigProto.
-TARGET = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 name: "NVIDIA H100 80GB HBM3"
-  device_vendor: "NVIDIA Corporation" driver_version: "13.0.0" runtime_version: "13.0.0"
-  compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+from qwen3_jax.planning.topology import H100
 
 # What a kernel's call is named in the compiled text.
 KERNELS = {
@@ -127,7 +113,7 @@ def main() -> int:
     Returns:
         1 where a program does not call the kernels that it should.
     """
-    devices = get_topology_desc("h100", "cuda", target_config=TARGET, topology="1x8x1").devices
+    devices = get_topology_desc("h100", "cuda", target_config=H100, topology="1x8x1").devices
     table, wrong = Table("program", "kernels called", "arguments, GB", "temporaries, GB", "seconds"), 0
     for name, run, args, expected in (*kernels(devices[0]), *models(devices)):
         begin = time.perf_counter()

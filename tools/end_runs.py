@@ -10,7 +10,6 @@ import dataclasses
 import random
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
 import tyro
@@ -19,7 +18,7 @@ from rich.console import Console
 from qwen3_jax.training.journal import read_lines
 from tools.compare_runs import differences, saves
 from tools.run_to_kill import NAME, write_run
-from tools.start_runs import Aim, Fault, Start, name_of, start
+from tools.start_runs import Aim, Fault, Start, carried_out, name_of, start
 
 EXPORT_EVERY = 5
 TOLD = [(place, killed) for place in ("step.running", "compile.running", "export.told") for killed in ((0,), (1,), (0, 1))]
@@ -103,20 +102,5 @@ def run(place: Path, options: Options, console: Console) -> int:
     return len(differ)
 
 
-def main() -> int:
-    """Run it."""
-    options = tyro.cli(Options, description=__doc__)
-    console = Console(width=150, highlight=False)
-    try:
-        if options.folder is not None:
-            options.folder.mkdir(parents=True)
-            return 1 if run(options.folder.absolute(), options, console) else 0
-        with tempfile.TemporaryDirectory(prefix="end-runs-") as folder:
-            return 1 if run(Path(folder), options, console) else 0
-    except Fault as fault:
-        console.print(f"end_runs: {fault}")
-        return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(carried_out("end_runs", run, tyro.cli(Options, description=__doc__)))

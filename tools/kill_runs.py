@@ -20,7 +20,6 @@ import json
 import random
 import re
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -34,7 +33,7 @@ from tools.compare_runs import batches, curve, differences, last_checkpoint, los
 from tools.kill_checks import alone_differs, exports_differ
 from tools.run_in_phases import AT_START, EXPORTS, LEADERS, PLACES
 from tools.run_to_kill import EVERY, NAME, write_run
-from tools.start_runs import ALONE, Aim, Fault, Start, start
+from tools.start_runs import ALONE, Aim, Fault, Start, carried_out, start
 
 
 @dataclasses.dataclass
@@ -345,20 +344,5 @@ def run(place: Path, options: Options, console: Console) -> int:
     return wrong + (not same) + (max(apart_by) > 1e-5)
 
 
-def main() -> int:
-    """Run it."""
-    options = tyro.cli(Options, description=__doc__)
-    console = Console(width=150, highlight=False)
-    try:
-        if options.folder is not None:
-            options.folder.mkdir(parents=True)
-            return 1 if run(options.folder.absolute(), options, console) else 0
-        with tempfile.TemporaryDirectory(prefix="kill-runs-") as folder:
-            return 1 if run(Path(folder), options, console) else 0
-    except Fault as fault:
-        console.print(f"kill_runs: {fault}")
-        return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(carried_out("kill_runs", run, tyro.cli(Options, description=__doc__)))

@@ -11,10 +11,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 900  # seconds after which a start is said to hang
@@ -240,3 +244,26 @@ def session(number: int) -> list[int]:
             if int(there) == number and state not in "ZX":
                 found.append(int(folder.name))
     return found
+
+
+def carried_out(name: str, run: Callable[[Path, Any, Console], int], options: Any) -> int:
+    """A tool's whole work, in the folder that its options name, which stays, or in one that goes when it ends.
+
+    Args:
+        name: the tool's.
+        run: given a folder, the options and a console it says how many things were wrong.
+        options: with a `folder`.
+
+    Returns:
+        Exit code.
+    """
+    console = Console(width=150, highlight=False)
+    try:
+        if options.folder is not None:
+            options.folder.mkdir(parents=True)
+            return 1 if run(options.folder.absolute(), options, console) else 0
+        with tempfile.TemporaryDirectory(prefix=f"{name}-") as folder:
+            return 1 if run(Path(folder), options, console) else 0
+    except Fault as fault:
+        console.print(f"{name}: {fault}")
+        return 1

@@ -5,7 +5,8 @@ from typing import Literal, get_args
 
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.remat import check_policy
-from qwen3_jax.tune.quantize import BLOCK
+from qwen3_jax.parallel.rules import RULES
+from qwen3_jax.tune.quantize import BLOCK, check_codes
 
 Mode = Literal["train", "lora", "prefill", "decode"]
 Base = Literal["bfloat16", "float32", "int8", "int4", "nf4"]
@@ -55,23 +56,7 @@ class Job:
                 raise PlanError(f"{name} is {getattr(self, name)}: accepted is a whole number from 1")
         check_policy(self.remat, on_mesh=True)
         if self.adapts and self.codes is not None:
-            self._check_blocks()
-
-    def _check_blocks(self) -> None:
-        """Refuse a model whose matrices have rows that blocks of codes do not divide."""
-        config, kinds = self.config, {kind.mlp for kind in self.config.block_kinds()}
-        rows = {
-            "hidden_size": config.hidden_size,
-            "num_attention_heads x head_dim": config.num_attention_heads * config.head_dim,
-        }
-        rows |= {"intermediate_size": config.intermediate_size} if "dense" in kinds else {}
-        rows |= {"moe_intermediate_size": config.moe_intermediate_size} if "moe" in kinds else {}
-        for name, size in rows.items():
-            if size % BLOCK:
-                raise PlanError(
-                    f"base is {self.base}, in blocks of {BLOCK}, and {name} is {size}: {size} / {BLOCK} leaves {size % BLOCK}; "
-                    f"accepted is a multiple of {BLOCK}, or a base in bfloat16 or float32"
-                )
+            check_codes(self.config, RULES, None, self.codes)
 
     @property
     def trains(self) -> bool:

@@ -9,8 +9,8 @@ from qwen3_jax.parallel.dispatch import Choice
 from qwen3_jax.parallel.experts import dispatch_for
 from qwen3_jax.parallel.fit import check_batch, fitted
 from qwen3_jax.parallel.rules import RULES, Rules
-from qwen3_jax.planning.blocks import check_blocks
 from qwen3_jax.planning.job import Job
+from qwen3_jax.tune.quantize import check_codes
 
 # How a kind of parameters (a field of Parameters) is laid out: the logical axes of its largest arrays.
 _AXES = {
@@ -104,7 +104,7 @@ def shares(job: Job, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Shares:
         rules = rules.replace(seq=None)
     check_batch(rules, mesh, job.batch, length)
     if job.adapts and job.codes is not None:
-        check_blocks(job, mesh, rules)
+        check_codes(config, rules, mesh, job.codes)
     names = ("batch", "seq", "heads", "kv_heads", "mlp", "experts", "vocab")
     parts = {name: rules.shards(name, mesh) for name in names}
 

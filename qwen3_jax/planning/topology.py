@@ -19,7 +19,7 @@ COMPILE_ONLY = {
 EXAMPLES = "v5e:4x4, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1, h100:8, h100:2x8"
 
 # What the CUDA compiler is told of an H100 SXM5: xla's GpuTargetConfigProto.
-_H100 = """
+H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
   threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
@@ -121,7 +121,7 @@ def devices_of(topology: Topology) -> list[Any]:
     try:
         if chip.platform == "cuda":
             hosts, devices = topology.shape
-            found = topologies.get_topology_desc("h100", "cuda", target_config=_H100, topology=f"1x{hosts}x{devices}")
+            found = topologies.get_topology_desc("h100", "cuda", target_config=H100, topology=f"1x{hosts}x{devices}")
         else:
             options = {"num_slices": topology.slices} if topology.slices > 1 else {}
             found = topologies.get_topology_desc(topology.name, "tpu", **options)

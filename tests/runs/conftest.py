@@ -1,6 +1,8 @@
 """The small run of tests/runs/launch.py, prepared and carried out once for all files that ask for it."""
 
+import fcntl
 import json
+import os
 
 import numpy as np
 import pytest
@@ -36,15 +38,26 @@ def place(prepared, tmp_path):
 
 @pytest.fixture(scope="session")
 def watched(prepared, tmp_path_factory):
-    """A run without a stop, watched in all ways and exported as it goes; its folder."""
-    place = tmp_path_factory.mktemp("straight")
+    """A run without a stop, watched in all ways and exported as it goes; its folder, the same for all of pytest's workers."""
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "straight"
+    with place.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():  # one that has failed is made again by the next worker, to fail there too
+            _carry_out(prepared, place)
+    return place
+
+
+def _carry_out(prepared, place):
+    place.mkdir()
     (place / "run.toml").write_text(RUN.format(place=place))
     for name in ("text", "more"):
         (place / name).symlink_to(prepared / name)
     code, out = finish(begin(prepared, place, *EXPORTS, *WATCHED, str(place / "exported")))
+    if code:
+        place.rename(place.with_name(f"failed-{os.getpid()}"))
     assert code == 0, out
     assert "done at step 14 of 14" in out
-    return place
 
 
 @pytest.fixture(scope="session")
