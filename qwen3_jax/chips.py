@@ -61,3 +61,8 @@ def load_chips() -> dict[str, Chip]:
         uncertain: list[str] = row.pop("uncertain")
         chips[name] = Chip(name=name, uncertain=tuple(uncertain), **row)
     return chips
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip whose devices jax calls so; None where it is not in the list."""
+    return next((chip for chip in load_chips().values() if chip.device_kind.lower() == device_kind.lower()), None)

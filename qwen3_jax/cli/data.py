@@ -68,6 +68,8 @@ class Show:
     """The one that it was prepared with."""
     document: int = 0
     """Which document."""
+    cache: Path | None = None
+    """Folder that one of a store is copied to; None: ~/.cache/qwen3_jax/data."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -161,7 +163,7 @@ def _show(options: Show) -> int:
     from qwen3_jax.data.files import DataError
     from qwen3_jax.data.prepared import Prepared
 
-    prepared = Prepared(options.folder)
+    prepared = Prepared(options.folder, options.cache)
     index = prepared.index
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(

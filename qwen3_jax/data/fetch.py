@@ -34,13 +34,7 @@ def fetch(url: str, index_name: str, cache: str | os.PathLike[str] | None = None
         DataError: what the store refuses, no index there, too small a disk, or a file of another size than the index says.
     """
     system, root = file_system(url.rstrip("/"))
-    with store_errors(url):
-        try:  # and do not ask first: an answer may come from a list of this process's that is older than the folder
-            content = system.cat_file(f"{root}/{index_name}")
-        except FileNotFoundError as error:
-            raise DataError(
-                f"{url} has no {index_name}: accepted is a folder that `qwen3-jax data prepare` has written"
-            ) from error
+    content = fetch_index(url, index_name)
     parts: list[dict[str, Any]] = [part for part in json.loads(content)["parts"] if part["documents"]]
     # Of the index too: what was prepared anew at the same address is another folder.
     told = hashlib.sha256(url.encode() + b"\0" + content).hexdigest()[:16]
@@ -51,8 +45,8 @@ def fetch(url: str, index_name: str, cache: str | os.PathLike[str] | None = None
         needed, free = sum(part["bytes"] + 4 * part["documents"] for part in wanted), shutil.disk_usage(place).free
         if needed > free:
             raise DataError(
-                f"{url} needs {decimal(needed)} in {place} and its disk has {decimal(free)} free: accepted is another cache, "
-                "or a mount of the store as the source's folder"
+                f"{url} needs {decimal(needed)} in {place} and its disk has {decimal(free)} free: accepted is another folder "
+                "for copies (data.cache in a run's file), or a mount of the store as the source's folder"
             )
     for part in wanted:
         for name in (f"{part['name']}.lengths.npy", f"{part['name']}.array_record"):
@@ -69,6 +63,29 @@ def fetch(url: str, index_name: str, cache: str | os.PathLike[str] | None = None
     new.write_bytes(content)
     os.replace(new, place / index_name)
     return place
+
+
+def fetch_index(url: str, index_name: str) -> bytes:
+    """What a store's folder says of itself; nothing is copied.
+
+    Args:
+        url: of a folder that `prepare` has written.
+        index_name: of the file that says what there is.
+
+    Returns:
+        The file's content.
+
+    Raises:
+        DataError: what the store refuses, or no such file there.
+    """
+    system, root = file_system(url.rstrip("/"))
+    with store_errors(url):
+        try:  # and do not ask first: an answer may come from a list of this process's that is older than the folder
+            return system.cat_file(f"{root}/{index_name}")
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{url} has no {index_name}: accepted is a folder that `qwen3-jax data prepare` has written"
+            ) from error
 
 
 def _is_there(place: Path, part: dict[str, Any]) -> bool:

@@ -238,7 +238,7 @@ def _check_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
             what, was, now = _difference(found, plan)
             raise DataError(
                 f"{folder} holds a run with another {what}: {was} there, {now} here: accepted is the same, or to begin anew "
-                "(overwrite)"
+                "(--overwrite)"
             )
         if found != plan:
             # The index first: the folder is nobody's data set from here on.

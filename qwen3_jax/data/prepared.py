@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_jax.data.fetch import fetch
+from qwen3_jax.data.fetch import fetch, fetch_index
 from qwen3_jax.data.files import DataError
 
 # Of a prepared folder: what it holds, written last; what it is being made of, written first; the layout of both.
@@ -44,7 +44,7 @@ def allow_open_files(count: int) -> None:
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise DataError(
             f"the sources are {count} files and this process may hold {hard} open: accepted is a hard limit (ulimit -Hn) of at "
-            f"least {needed}, or sources prepared in larger pieces (piece_bytes)"
+            f"least {needed}, or sources prepared in larger pieces (--piece-bytes)"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
@@ -80,7 +80,7 @@ class Prepared:
         """
         address = os.fspath(folder)
         self.folder = fetch(address, INDEX, cache) if "://" in address else Path(folder)
-        self.index = _index(self.folder)
+        self.index = read_index(self.folder)
         self._parts = [part for part in self.index["parts"] if part["documents"]]
         for part in self._parts:
             file = self.folder / f"{part['name']}.array_record"
@@ -131,13 +131,32 @@ class Prepared:
         return ArrayRecordDataSource([_Stretch(name, 0, count, count) for name, count in counts])
 
 
-def _index(folder: Path) -> dict[str, Any]:
+def read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a folder says of itself; of one in a store this alone is read.
+
+    Args:
+        folder: that prepare has written, to its end.
+
+    Returns:
+        The content of its dataset.json.
+
+    Raises:
+        DataError: it is not there, not finished, or of another version.
+    """
+    address = os.fspath(folder)
+    if "://" in address:
+        return _of_this_version(f"{address}/{INDEX}", fetch_index(address, INDEX))
+    folder = Path(folder)
     file = folder / INDEX
     if not file.is_file():
         unfinished = (folder / PLAN).is_file()
         found = "holds a run of `data prepare` that has not ended: run it again" if unfinished else f"has no {INDEX}"
         raise DataError(f"{folder} {found}; accepted is a folder that `qwen3-jax data prepare` has written")
-    index = json.loads(file.read_bytes())
+    return _of_this_version(file, file.read_bytes())
+
+
+def _of_this_version(file: str | Path, content: bytes) -> dict[str, Any]:
+    index = json.loads(content)
     if index.get("version") != VERSION:
         raise DataError(f"{file} is of version {index.get('version')}: accepted is {VERSION}")
     return index

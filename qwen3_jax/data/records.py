@@ -86,7 +86,8 @@ def document(record: Mapping[str, Any], field: str | None = None) -> str | Conve
 
     Args:
         record: a JSON object, or a row by column.
-        field: where it stands; None: the first of CHAT_FIELDS and TEXT_FIELDS that is there.
+        field: where it stands; None: the first of CHAT_FIELDS and TEXT_FIELDS that is there. One of CHAT_FIELDS holds a
+            conversation, also where it is named here.
 
     Returns:
         Text that is not blank, or a conversation with an answer in it.
@@ -100,6 +101,8 @@ def document(record: Mapping[str, Any], field: str | None = None) -> str | Conve
         fields = ", ".join(map(str, list(record)[:10])) or "none"
         raise BadRecord(NO_FIELD, f"fields {fields} where {' or '.join(names)} is accepted")
     value = record[name]
+    if name in CHAT_FIELDS and not isinstance(value, list):
+        raise BadRecord(NOT_CHAT, f"{name} is {type(value).__name__} where a list of messages is accepted")
     if isinstance(value, str):
         return checked_text(value, name)
     if isinstance(value, list):

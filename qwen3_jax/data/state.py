@@ -12,6 +12,14 @@ from typing import Any
 from qwen3_jax.data.files import DataError
 
 VERSION = 1
+# What a run's file calls the fields of a state.
+_KEYS = {
+    "seed": "seed",
+    "seq": "stages.NAME.seq",
+    "shard_count": "data.shards (a divisor of every stage's batch)",
+    "waiting": "data.waiting",
+    "sources": "data.sources and stages.NAME.mixture",
+}
 
 
 def short(value: Any) -> str:
@@ -60,7 +68,7 @@ def restored(mixture: Mapping[str, Any], state: Mapping[str, Any], wanted: Itera
     Raises:
         DataError: another mixture, by the field that differs, or a shard that is not there.
     """
-    _check_same(mixture, state, mixture, ", or carry_on for a stage of its own")
+    _check_same(mixture, state, mixture)
     return {"batches": state["batches"], "shards": _shards(state, wanted)}
 
 
@@ -100,11 +108,12 @@ def carried(mixture: Mapping[str, Any], state: Mapping[str, Any], wanted: Iterab
     return {"batches": 0, "shards": shards}
 
 
-def _check_same(mixture: Mapping[str, Any], state: Mapping[str, Any], names: Iterable[str], more: str = "") -> None:
+def _check_same(mixture: Mapping[str, Any], state: Mapping[str, Any], names: Iterable[str]) -> None:
     for name in names:
         if (there := state.get(name)) != mixture[name]:
             found = f"the state has {name} {short(there)}, and the loader {short(mixture[name])}"
-            raise DataError(f"{found}: accepted is the same{more}")
+            key = f", by {_KEYS[name]} in a run's file" if name in _KEYS else ""
+            raise DataError(f"{found}: accepted is the same{key}")
 
 
 def _shards(state: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:

@@ -97,6 +97,6 @@ class Tally:
         kinds = ", ".join(f"{number} {kind}" for kind, number in self.bad.most_common())
         first = "\n  ".join(map(str, self.first))
         raise TooManyBadRecords(
-            f"{count} of {self.records} records are bad ({kinds}); accepted is a rate of {rate:g} (max_bad_rate). "
+            f"{count} of {self.records} records are bad ({kinds}); accepted is a rate of {rate:g} (--max-bad-rate). "
             f"The first:\n  {first}"
         )

@@ -44,9 +44,7 @@ def make_mesh(wish: str = "", *, slices: int = 1, devices: Sequence[jax.Device] 
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = axis_sizes(wish, len(devices), axes)
-    data = sizes["data"]
-    if slices < 1 or data % slices:
-        raise MeshError(f"slices={slices} with data={data}: accepted are slices that divide data, which runs across them")
+    check_slices(sizes, slices)
     shape = tuple(sizes[axis] for axis in AXES)
     return Mesh(_ordered(shape, slices, devices), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
@@ -90,6 +88,21 @@ def axis_sizes(wish: str, count: int, axes: Mapping[str, int] = MappingProxyType
     elif given != count:
         raise MeshError(f"{said} is {given}, and there are {count} devices: accepted is a product of {count}, or one axis -1")
     return {axis: asked.get(axis, 1) for axis in AXES}
+
+
+def check_slices(sizes: Mapping[str, int], slices: int) -> None:
+    """Refuse slices that a mesh cannot be cut into.
+
+    Args:
+        sizes: axis -> size.
+        slices: as of `make_mesh`.
+
+    Raises:
+        MeshError: they do not divide `data`.
+    """
+    data = sizes["data"]
+    if slices < 1 or data % slices:
+        raise MeshError(f"slices={slices} with data={data}: accepted are slices that divide data, which runs across them")
 
 
 def _ordered(shape: tuple[int, ...], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:

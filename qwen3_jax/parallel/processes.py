@@ -45,6 +45,7 @@ def initialize(
     process_id: int | None = None,
     *,
     mesh: str = "",
+    slices: int = 1,
     timeout: float = 300.0,
     heartbeat: float = 60.0,
 ) -> Processes:
@@ -60,6 +61,7 @@ def initialize(
         num_processes: how many there are.
         process_id: which one this is, from 0.
         mesh: a wish as make_mesh takes it; empty makes no mesh.
+        slices: of that mesh, likewise.
         timeout: seconds to wait for all processes to call.
         heartbeat: seconds of silence after which a process counts as dead, where its connection still stands.
 
@@ -68,7 +70,7 @@ def initialize(
 
     Raises:
         ProcessesError: not all called in time ("3 of 4 hosts called"), numbers that contradict or miss, or jax has devices.
-        MeshError: the wish is no mesh over all devices.
+        MeshError: the wish is no mesh over all devices, or not of so many slices.
     """
     global _started
     if _started is None:
@@ -90,7 +92,7 @@ def initialize(
         raise ProcessesError(f"process {process_id} of {num_processes}: started already as {_started.id} of {_started.count}")
     if not mesh:
         return _started
-    made = make_mesh(mesh)
+    made = make_mesh(mesh, slices=slices)
     if _started.id == 0:
         print("mesh " + " ".join(f"{axis}={size}" for axis, size in made.shape.items()) + f", {made.size} devices", flush=True)
     return dataclasses.replace(_started, mesh=made)

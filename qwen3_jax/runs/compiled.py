@@ -118,6 +118,10 @@ def compile_run(
     run = resolve(file, words).run
     if stage is not None and stage not in run.stages:
         raise RunError(f"{file} has no stage {stage!r}: accepted are {', '.join(run.stages)}")
+    if run.mesh.topology is None:
+        raise RunError(
+            f"{file} names no chips: accepted are those that the run is meant for, as v5p:4x4x8, in mesh.topology or --topology"
+        )
     need = dry_run(run)
     steps, known = [], {}
     for name in [stage] if stage is not None else run.stages:

@@ -1,8 +1,12 @@
 """What a run's values must not say about each other. Each rule names the keys it read, so that their lines can be shown."""
 
+import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+from qwen3_jax.checks import ConfigError
 from qwen3_jax.model.remat import check_policy
+from qwen3_jax.runs.models import model_config
 from qwen3_jax.runs.schema import Run, StageSection
 
 Key = tuple[str, ...]
@@ -36,6 +40,8 @@ def check_run(run: Run) -> None:
 def _all(run: Run) -> Iterator[Contradiction]:
     yield from _model(run)
     yield from _numbers(run)
+    if not run.data.sources:
+        yield Contradiction("the run has no data: accepted is at least one source, [data.sources.NAME]")
     if not run.stages:
         yield Contradiction("the run has no stages: accepted is at least one, [stages.NAME]", "stages")
     for name, stage in run.stages.items():
@@ -49,6 +55,13 @@ def _model(run: Run) -> Iterator[Contradiction]:
     model = run.model
     if model.preset is None and model.folder is None:
         yield Contradiction("neither model.preset nor model.folder is given: accepted is one, or both")
+    elif model.preset is not None or Path(str(model.folder)).exists():
+        try:
+            model_config(model)
+        except ConfigError as error:
+            bases = [f"model.{name}" for name in ("preset", "folder") if getattr(model, name) is not None]
+            named = [name for name in model.config if re.search(rf"\b{re.escape(name)}\b", str(error))]
+            yield Contradiction(str(error), *bases, *(f"model.config.{name}" for name in named))
     if run.lora is not None and (model.folder is None or model.weights == "random"):
         yield Contradiction(
             "lora on random weights: accepted is a base that is trained, model.folder with model.weights = 'folder'",
@@ -135,14 +148,14 @@ def _stage(run: Run, at: str, stage: StageSection) -> Iterator[Contradiction]:
     for name in ("tokens", "batch", "seq", "accumulation", "learning_rate"):
         if getattr(stage, name) <= 0:
             yield Contradiction(f"{at}.{name} is {getattr(stage, name)}: accepted is a number above 0", f"{at}.{name}")
-    if stage.rope_theta is not None and stage.rope_theta <= 0:
-        yield Contradiction(f"{at}.rope_theta is {stage.rope_theta}: accepted is a number above 0", f"{at}.rope_theta")
+    if stage.rope_theta is not None and stage.rope_theta <= 1:
+        yield Contradiction(f"{at}.rope_theta is {stage.rope_theta}: accepted is a number above 1", f"{at}.rope_theta")
     step = stage.batch * stage.seq
     if stage.tokens % step:
         low = stage.tokens // step * step
         yield Contradiction(
             f"{at}.tokens is {stage.tokens}, {stage.tokens / step:.2f} steps of {stage.batch} x {stage.seq} tokens: accepted "
-            f"is a multiple of {step}, as {low or step} or {low + step}",
+            f"is a multiple of {step}, as {f'{low} or ' if low else ''}{low + step}",
             *(f"{at}.{name}" for name in ("tokens", "batch", "seq")),
         )
     if run.data.shards is not None and stage.batch % run.data.shards:

@@ -3,10 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 from jax.sharding import AbstractMesh, AxisType
 from rich.table import Table
 
-from qwen3_jax.parallel.mesh import AXES, axis_sizes
+from qwen3_jax.chips import chip_of
+from qwen3_jax.parallel.mesh import AXES, axis_sizes, check_slices
 from qwen3_jax.planning.estimate import device_memory
 from qwen3_jax.planning.job import Job
 from qwen3_jax.planning.shares import shares
@@ -14,7 +16,6 @@ from qwen3_jax.planning.topology import parse_topology
 from qwen3_jax.runs.models import model_config
 from qwen3_jax.runs.parts import rules_of
 from qwen3_jax.runs.schema import Run, StageSection
-from qwen3_jax.runs.toml import RunError
 
 GB = 1e9
 
@@ -45,7 +46,7 @@ class Need:
     Attributes:
         mesh: axis -> size, all five.
         devices: in all.
-        hbm: bytes of a device; None where no topology is named.
+        hbm: bytes of a device; None where they are of no kind that is in the list of chips.
         parameters: of the model.
         stages: of the run.
     """
@@ -85,20 +86,28 @@ def dry_run(run: Run, devices: int | None = None) -> Need:
 
     Args:
         run: the run.
-        devices: how many there are, where the run names no topology.
+        devices: how many there are, where the run names no topology; None: those that jax finds here.
 
     Returns:
         Its figures.
 
     Raises:
-        RunError: neither a topology nor a number of devices.
+        RunError: a model that is none.
+        TopologyError: a topology that is none.
         MeshError: a mesh that is none of these devices', a model or batch that does not fit it, with the arithmetic.
     """
     topology = None if run.mesh.topology is None else parse_topology(run.mesh.topology, run.mesh.slices)
-    count = topology.devices if topology is not None else devices
-    if count is None:
-        raise RunError("mesh.topology is not given: accepted is the chips that the run is meant for, as v5p:4x4x8")
+    hbm = None if topology is None else topology.chip.hbm
+    if topology is not None:
+        count = topology.devices
+    elif devices is not None:
+        count = devices
+    else:
+        there = jax.devices()
+        count, chip = len(there), chip_of(there[0].device_kind)
+        hbm = None if chip is None else chip.hbm
     sizes = axis_sizes(run.mesh.axes, count)
+    check_slices(sizes, run.mesh.slices)
     mesh = AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     rules = rules_of(run)
     found = []
@@ -107,7 +116,6 @@ def dry_run(run: Run, devices: int | None = None) -> Need:
         cut = shares(job, mesh, rules)
         memory = _as_kept(run, device_memory(job, cut))
         found.append(StageNeed(name, stage.tokens, stage.steps, job.batch / cut.batch, memory))
-    hbm = None if topology is None else topology.chip.hbm
     return Need(sizes, count, hbm, model_config(run.model).num_params(), tuple(found))
 
 
@@ -143,7 +151,7 @@ def need_tables(run: Run, need: Need) -> Sequence[Table]:
         A table of stages, and one of memory.
     """
     axes = ", ".join(f"{axis}={size}" for axis, size in need.mesh.items() if size > 1) or "one device"
-    where = run.mesh.topology or f"{need.devices} devices"
+    where = run.mesh.topology or f"{need.devices} device{'s' if need.devices > 1 else ''}"
     stages = Table(
         "stage", "tokens", "steps", "tokens a step", "rows a device", "tokens a row", title=f"{run.name}: {axes} on {where}"
     )

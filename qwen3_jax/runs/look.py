@@ -18,11 +18,12 @@ from qwen3_jax.config import Qwen3Config
 from qwen3_jax.data.loader import LoaderConfig, make_loader
 from qwen3_jax.data.mixture import Source
 from qwen3_jax.data.prepare import tokenizer_hash
-from qwen3_jax.data.prepared import Prepared
+from qwen3_jax.data.prepared import read_index
 from qwen3_jax.generation.loop import generate
 from qwen3_jax.parallel.batches import global_batch, process_rows
 from qwen3_jax.parallel.mesh import on_mesh_of
 from qwen3_jax.parallel.rules import Rules
+from qwen3_jax.runs.models import check_words
 from qwen3_jax.runs.parts import lora_config, stage_config
 from qwen3_jax.runs.schema import Run, StageSection
 from qwen3_jax.runs.toml import RunError
@@ -45,7 +46,8 @@ class Look:
             rules: which mesh axes split what.
 
         Raises:
-            RunError: prompts without a tokenizer, or without tokens; held-out documents of another tokenizer than the sources'.
+            RunError: prompts without a tokenizer, or without tokens; held-out documents of another tokenizer than the sources',
+                or of more words than the model's.
             DataError: held-out documents that cannot be read.
             MeshError: rows that the mesh does not divide.
         """
@@ -64,6 +66,7 @@ class Look:
         first = next(iter(run.stages.values()))
         self._rows, self._seq = first.batch // first.accumulation, first.seq
         if run.watch.held_out is not None:
+            check_words("watch.held_out", run.watch.held_out, config)
             self._loader().close()
             self._check_tokenizers(run.watch.held_out)
 
@@ -116,14 +119,15 @@ class Look:
 
     def _loader(self) -> Any:
         run = self._run
-        config = LoaderConfig((Source("held_out", str(run.watch.held_out)),), seed=run.seed, waiting=run.data.waiting)
+        source = Source("held_out", str(run.watch.held_out))
+        config = LoaderConfig((source,), seed=run.seed, waiting=run.data.waiting, cache=run.data.cache)
         rows = process_rows(self._mesh, self._rows, self._rules)
         return make_loader(config, batch=self._rows, seq=self._seq, rows=rows, prefetch=run.data.prefetch)
 
     def _check_tokenizers(self, folder: str) -> None:
-        wanted = Prepared(folder).index["tokenizer"]
+        wanted = read_index(folder)["tokenizer"]
         for name, source in self._run.data.sources.items():
-            if Prepared(source.folder).index["tokenizer"] != wanted:
+            if read_index(source.folder)["tokenizer"] != wanted:
                 raise RunError(
                     f"watch.held_out {folder} has been tokenised otherwise than data.sources.{name}: accepted is one tokenizer "
                     "for both"
@@ -162,7 +166,7 @@ def find_tokenizer(run: Run) -> Tokenizer | None:
         if found is not None:
             return found
     for source in run.data.sources.values():
-        index: Mapping[str, Any] = Prepared(source.folder).index
+        index: Mapping[str, Any] = read_index(source.folder)
         named = index.get("tokenizer_folder")
         found = None if named is None else _tokenizer_in(named)
         if found is not None and tokenizer_hash(found) == index["tokenizer"]:
@@ -192,7 +196,7 @@ def stop_tokens(run: Run, config: Qwen3Config, tokenizer: Tokenizer) -> tuple[in
 
 def _learns_conversations(run: Run) -> bool:
     names = {name for stage in run.stages.values() for name in stage.mixture or run.data.sources}
-    return any(Prepared(run.data.sources[name].folder).index["conversations"] for name in names)
+    return any(read_index(run.data.sources[name].folder)["conversations"] for name in names)
 
 
 def _tokenizer_in(folder: str | Path) -> Tokenizer | None:

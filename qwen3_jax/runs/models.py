@@ -1,13 +1,14 @@
 """The model's config that a run names."""
 
 import dataclasses
-import difflib
 from pathlib import Path
+from typing import Any
 
-from qwen3_jax.checks import ConfigError
+from qwen3_jax.checks import ConfigError, checked, field_types
 from qwen3_jax.config import Qwen3Config
+from qwen3_jax.data.prepared import read_index
 from qwen3_jax.runs.schema import ModelSection
-from qwen3_jax.runs.toml import RunError
+from qwen3_jax.runs.toml import RunError, unknown
 
 # What makes weights of one model none of another's.
 SHAPE = (
@@ -66,14 +67,49 @@ def check_weights(model: ModelSection, config: Qwen3Config) -> None:
         )
 
 
+def check_words(key: str, folder: str, config: Qwen3Config) -> None:
+    """Refuse data of more words than the model has: what is beyond them would be another word to it, and nobody would notice.
+
+    Args:
+        key: of the run that names the folder, for the message.
+        folder: that `data prepare` has written.
+        config: the run's model, whose table may have more rows than there are words, as those of published models have.
+
+    Raises:
+        RunError: its tokenizer has more words than the model.
+        DataError: a folder that is none.
+    """
+    words = read_index(folder)["vocab_size"]
+    if words > config.vocab_size:
+        raise RunError(
+            f"{key} {folder} has tokens of {words:,} words, and the model's vocab_size is {config.vocab_size:,}: accepted are "
+            "data of a tokenizer of at most as many words, or a model of more (model.config.vocab_size)"
+        )
+
+
+def check_field(name: str, value: Any) -> None:
+    """Refuse what is no field of a model's config, or no value of one.
+
+    Args:
+        name: below model.config.
+        value: of it.
+
+    Raises:
+        ConfigError: an unknown name, with the nearest that is known; a value of another type.
+    """
+    fields = field_types(Qwen3Config)
+    table = name.partition(".")[0]
+    if table != name and table in fields:
+        raise RunError(f"model.config.{table} is a table: accepted is a value; a folder's config.json may have one there")
+    if name not in fields:
+        raise RunError(unknown(("model", "config"), name, list(fields)))
+    checked(f"model.config.{name}", value, fields[name])
+
+
 def _with_fields(config: Qwen3Config, model: ModelSection) -> Qwen3Config:
     """A config with the section's own fields in place of its."""
-    fields = [field.name for field in dataclasses.fields(Qwen3Config)]
-    for name in model.config:
-        if name not in fields:
-            nearest = difflib.get_close_matches(name, fields, n=1)
-            meant = f"did you mean {nearest[0]}?" if nearest else f"accepted are {', '.join(fields)}"
-            raise RunError(f"unknown key model.config.{name}: {meant}")
+    for name, value in model.config.items():
+        check_field(name, value)
     try:
         return dataclasses.replace(config, **model.config)
     except ConfigError as error:

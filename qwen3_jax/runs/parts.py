@@ -1,10 +1,13 @@
 """What the sections of a run make: optimizer, policy, mixtures, adapters, and what a checkpoint says of it all."""
 
 import dataclasses
+import functools
 import json
 import math
 import platform
+import subprocess
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,6 +26,7 @@ from qwen3_jax.training.step import TrainStep, make_train_step
 from qwen3_jax.tune.lora import LoraConfig
 
 MOST_SHARDS = 256
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def optimizer_of(run: Run) -> optax.GradientTransformationExtraArgs:
@@ -79,8 +83,26 @@ def policy_of(run: Run) -> Policy:
 def about(run: Run) -> dict[str, Any]:
     """What a checkpoint says of the run and of the code that wrote it."""
     libraries = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    versions = {"qwen3-jax": __version__, "python": platform.python_version(), **{name: version(name) for name in libraries}}
+    versions = {"qwen3-jax": __version__, "commit": commit(), "python": platform.python_version()}
+    versions |= {name: version(name) for name in libraries}
     return dict(config=json.loads(json.dumps(dataclasses.asdict(run), default=dict)), versions=versions)
+
+
+@functools.cache
+def commit() -> str | None:
+    """The git commit of this package's code, and whether files are changed since; None where it is in no checkout."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(("git", *words), cwd=PACKAGE, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):  # no git, or one that waits for something
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed package may lie within the checkout of another project, whose commit says nothing of it.
+    if git("ls-files", "--error-unmatch", "__init__.py") is None or (head := git("rev-parse", "HEAD")) is None:
+        return None
+    return f"{head}, with changes" if git("status", "--porcelain", "--", ".", "../pallas_kernels") else head
 
 
 def rules_of(run: Run) -> Rules:
@@ -154,4 +176,4 @@ def loader_config(run: Run, stage: StageSection) -> LoaderConfig:
                 over_long=given.over_long,
             )
         )
-    return LoaderConfig(tuple(sources), seed=run.seed, shards=shards, waiting=run.data.waiting)
+    return LoaderConfig(tuple(sources), seed=run.seed, shards=shards, waiting=run.data.waiting, cache=run.data.cache)

@@ -1,19 +1,21 @@
 """A run out of its files and the command line, and where each of its values came from."""
 
 import dataclasses
-import difflib
 import tomllib
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from qwen3_jax.checks import ConfigError, checked, field_types
 from qwen3_jax.runs.contradictions import Contradiction, check_run
+from qwen3_jax.runs.models import check_field
 from qwen3_jax.runs.schema import Run
 from qwen3_jax.runs.sections import section_of
-from qwen3_jax.runs.toml import Found, Path_, RunError, leaves, read_run
+from qwen3_jax.runs.toml import Found, Path_, RunError, leaves, read_run, unknown
 
 DEFAULT = "default"
+MODEL_CONFIG = ("model", "config")  # whose keys are not the schema's, but Qwen3Config's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ def resolve(path: Path | str, words: Sequence[str] = ()) -> Resolved:
     Args:
         path: its TOML file.
         words: of the command line: `--section.key value` or `--section.key=value`, the value as TOML writes it; what is no
-            TOML is a string.
+            TOML is a string, and so is whatever stands where a string is wanted.
 
     Returns:
         The run, each value the last one given: extended files, the file, the command line.
@@ -57,6 +59,12 @@ def resolve(path: Path | str, words: Sequence[str] = ()) -> Resolved:
         values[key] = found
     origins: dict[Path_, str] = {}
     run = _section(Run, values, (), origins)
+    for key, found in values.items():
+        if key[:2] == MODEL_CONFIG and len(key) > len(MODEL_CONFIG):
+            try:
+                check_field(".".join(key[len(MODEL_CONFIG) :]), found.value)
+            except ConfigError as error:
+                raise RunError(f"{found.origin}: {error}") from error
     try:
         check_run(run)
     except Contradiction as error:
@@ -88,7 +96,7 @@ def overrides(words: Sequence[str]) -> dict[Path_, Found]:
                 raise RunError(f"{word} on the command line has no value: accepted is --{name} VALUE")
             text = rest.pop(0)
         key = tuple(name.split("."))
-        found.update({(*key, *below): Found(value, "command line") for below, value in _parsed(text)})
+        found.update({(*key, *below): Found(value, "command line", None if below else text) for below, value in _parsed(text)})
     return found
 
 
@@ -106,7 +114,7 @@ def _section(kind: Any, values: dict[Path_, Found], at: Path_, origins: dict[Pat
     for key, found in values.items():
         name = key[len(at)]
         if name not in known:
-            raise RunError(f"{found.origin}: {_unknown(at, name, list(known))}")
+            raise RunError(f"{found.origin}: {unknown(at, name, list(known))}")
     for name, wanted in known.items():
         key = (*at, name)
         below = {other: found for other, found in values.items() if other[: len(key)] == key}
@@ -130,7 +138,9 @@ def _plain(wanted: Any, key: Path_, below: dict[Path_, Found], origins: dict[Pat
     origin = next(iter(below.values())).origin
     origins.update({other: found.origin for other, found in below.items()})
     if key in below:
-        given = below[key].value
+        given, word = below[key].value, below[key].word
+        if word is not None and not isinstance(given, str) and str in _options(wanted):
+            given = word  # nan, 7 and true are words where words are wanted
     elif get_origin(wanted) is Mapping:
         given = {".".join(other[len(key) :]): found.value for other, found in below.items()}
     else:
@@ -174,11 +184,9 @@ def _optional(wanted: Any) -> bool:
     return type(None) in get_args(wanted)
 
 
-def _unknown(at: Path_, name: str, known: list[str]) -> str:
-    whole = ".".join((*at, name))
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    meant = f"did you mean {'.'.join((*at, nearest[0]))}? " if nearest else ""
-    return f"unknown key {whole}: {meant}accepted are {', '.join(known)}"
+def _options(wanted: Any) -> Sequence[Any]:
+    """The types of a union; else the one."""
+    return get_args(wanted) if get_origin(wanted) in (Union, types.UnionType) else (wanted,)
 
 
 def _told(keys: Sequence[Path_], origins: dict[Path_, str]) -> list[str]:

@@ -86,6 +86,8 @@ class DataSection(Section):
     """Documents that a shard keeps waiting for a row where they fit."""
     prefetch: int = 2
     """Batches that are made ahead of the step."""
+    cache: str | None = None
+    """Folder on this machine's disk that sources in a store are copied to; None: ~/.cache/qwen3_jax/data."""
 
 
 @dataclasses.dataclass(frozen=True)

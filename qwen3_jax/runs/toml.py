@@ -1,7 +1,9 @@
 """A run's file and the ones that it extends, with the line that every value stands in."""
 
 import dataclasses
+import difflib
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ class Found:
     Attributes:
         value: as TOML reads it.
         origin: "FILE:LINE", or "command line".
+        word: as it stood on the command line; None in a file, and where it was TOML's table.
     """
 
     value: Any
     origin: str
+    word: str | None = None
 
 
 def read_run(path: Path) -> dict[Path_, Found]:
@@ -82,6 +86,22 @@ def leaves(table: dict[str, Any], above: Path_ = ()) -> list[tuple[Path_, Any]]:
     for name, value in table.items():
         found += leaves(value, (*above, name)) if isinstance(value, dict) and value else [((*above, name), value)]
     return found
+
+
+def unknown(at: Path_, name: str, known: Sequence[str]) -> str:
+    """What is said of a key that there is none of.
+
+    Args:
+        at: the section's own key.
+        name: of the key in it.
+        known: the section's keys.
+
+    Returns:
+        The sentence: the key, the nearest one that is known, and all of them.
+    """
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    meant = f"did you mean {'.'.join((*at, nearest[0]))}? " if nearest else ""
+    return f"unknown key {'.'.join((*at, name))}: {meant}accepted are {', '.join(known)}"
 
 
 def _lines(text: str) -> dict[Path_, int]:

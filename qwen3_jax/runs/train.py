@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from qwen3_jax.chips import load_chips
+from qwen3_jax.chips import chip_of
 from qwen3_jax.compilation import mend_compilation_cache, share_compilation_cache
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.data.loader import make_loader
@@ -28,7 +28,7 @@ from qwen3_jax.runs.alone import alone
 from qwen3_jax.runs.dry_run import stage_job
 from qwen3_jax.runs.export import Exports, check_export
 from qwen3_jax.runs.look import Look
-from qwen3_jax.runs.models import check_weights, model_config
+from qwen3_jax.runs.models import check_weights, check_words, model_config
 from qwen3_jax.runs.parts import about, loader_config, lora_config, optimizer_of, policy_of, rules_of, stage_step
 from qwen3_jax.runs.report import write_report
 from qwen3_jax.runs.schema import Run, StageSection
@@ -73,7 +73,9 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
         How it ended.
 
     Raises:
-        RunError: another number of processes than the run names, and what the run's parts refuse.
+        RunError: another number of processes than the run names, data of more words than the model has, a checkpoint beyond
+            the run's end, and what the run's parts refuse.
+        MeshError: axes or slices that are none of the devices'.
         SinkError: TensorBoard or W&B is wanted and not installed.
         TrainingError: the run stopped by itself, an export cannot be written, or whatever would be a refusal at the door was
             raised once steps had been made.
@@ -82,7 +84,7 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
     """
     begun, clock = time.perf_counter(), time.time()
     check_extras(tensorboard=run.watch.tensorboard, wandb=run.watch.wandb is not None)
-    processes = initialize(mesh=run.mesh.axes)
+    processes = initialize(mesh=run.mesh.axes, slices=run.mesh.slices)
     wanted = run.mesh.processes
     if wanted is not None and wanted != processes.count:
         raise RunError(f"mesh.processes is {wanted}, and {processes.count} started: accepted is a start of {wanted}")
@@ -119,6 +121,7 @@ def _carry_out(
             held.enter_context(alone(folder, clock))
         checkpoints = Checkpoints(folder / "checkpoints", keep=run.checkpoint.keep, keep_every=run.checkpoint.keep_every)
         held.enter_context(checkpoints)
+        _check_stages_ahead(run, config, checkpoints)
         state, progress = _begin(run, config, mesh, rules, optimizer, checkpoints, said)
         first = int(state.step)
         check_export(run, first)
@@ -205,13 +208,29 @@ def _boards(run: Run, folder: Path, first: int) -> list[Board]:
 
 def peak_of(mesh: Mesh) -> float | None:
     """FLOP/s in bfloat16 of a mesh's devices; None of a kind that is not in the list of chips."""
-    kind = mesh.devices.flat[0].device_kind.lower()
-    found = [chip for chip in load_chips().values() if chip.device_kind.lower() == kind]
-    return found[0].bf16_flops * mesh.size if found else None
+    chip = chip_of(mesh.devices.flat[0].device_kind)
+    return None if chip is None else chip.bf16_flops * mesh.size
 
 
 def _quiet(line: str) -> None:
     del line
+
+
+def _check_stages_ahead(run: Run, config: Qwen3Config, checkpoints: Checkpoints) -> None:
+    """Refuse what would end the run days from now, or is nothing to go on with: the data of all stages that are not over."""
+    newest = max(checkpoints.steps(), default=0)
+    if newest > run.steps:
+        raise RunError(
+            f"{checkpoints.folder} has a checkpoint of step {newest:,}, and the run's stages end at step {run.steps:,}: "
+            f"accepted are stages of at least {newest:,} steps (stages.NAME.tokens), or another name"
+        )
+    end, names = 0, {}
+    for stage in run.stages.values():
+        end += stage.steps
+        if end > newest:
+            names |= dict.fromkeys(stage.mixture or run.data.sources)
+    for name in names:
+        check_words(f"data.sources.{name}.folder", run.data.sources[name].folder, config)
 
 
 def _begin(
@@ -235,7 +254,7 @@ def _begin(
             for step, reason in found.passed_over.items():
                 said(f"checkpoint {step} cannot be read, so step {found.step} is gone on from: {reason}")
             said(f"goes on at step {found.step:,}, from {checkpoints.folder}")
-            _say_changes(run, found.run["config"], said)
+            say_changes(run, found.run, said)
             state = found.state
             if run.lora is not None:  # the base is not saved again and again: it is where it was
                 frozen = nnx.state(_model(run, config, mesh, rules), nnx.LoRAParam, nnx.Param)[1]
@@ -249,8 +268,15 @@ def _begin(
     return state, Progress()
 
 
-def _say_changes(run: Run, saved: Mapping[str, Any], said: Callable[[str], None]) -> None:
-    here = about(run)["config"]
+def say_changes(run: Run, saved: Mapping[str, Any], said: Callable[[str], None]) -> None:
+    """Say what of a run, and of the code and its libraries, is another than in a checkpoint.
+
+    Args:
+        run: the run.
+        saved: what the checkpoint says of itself (parts.about).
+        said: is given a line for each value.
+    """
+    here = about(run)
 
     def differing(one: Any, other: Any, at: str) -> None:
         if isinstance(one, Mapping) and isinstance(other, Mapping):
@@ -259,7 +285,8 @@ def _say_changes(run: Run, saved: Mapping[str, Any], said: Callable[[str], None]
         elif one != other:
             said(f"changed since it was saved: {at} {shown(one)} -> {shown(other)}")
 
-    differing(saved, here, "")
+    differing(saved["config"], here["config"], "")
+    differing(saved.get("versions", {}), here["versions"], "versions")
 
 
 def _model(run: Run, config: Qwen3Config, mesh: Mesh, rules: Rules) -> Qwen3:

@@ -261,7 +261,7 @@ def test_the_command_says_what_it_did(tmp_path, tokenizer_folder, capsys, monkey
     words = ["data", "prepare", str(tmp_path / "a.jsonl"), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "out")]
     assert main([*words, "--workers", "0"]) == 2
     said = capsys.readouterr()
-    assert "qwen3-jax data: 1 of 5 records are bad (1 broken JSON); accepted is a rate of 0.01 (max_bad_rate)" in said.err
+    assert "qwen3-jax data: 1 of 5 records are bad (1 broken JSON); accepted is a rate of 0.01 (--max-bad-rate)" in said.err
     assert main([*words, "--workers", "0", "--max-bad-rate", "0.2"]) == 0
     said = capsys.readouterr().out
     assert "documents  4, of them 0 of conversations" in said

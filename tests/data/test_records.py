@@ -27,6 +27,8 @@ ANSWERED = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "
         (b"{}", "no known field", "fields none where messages or conversations or text or content is accepted"),
         (b'{"body": "x", "text": null}', "no known field", "fields body, text where"),
         (b'{"text": 3}', "no text in its field", "text is int where text or a list of messages is accepted"),
+        (b'{"messages": "x", "text": "y"}', "no conversation", "messages is str where a list of messages is accepted"),
+        (b'{"conversations": {"role": "user"}}', "no conversation", "conversations is dict where a list of messages"),
         (b'{"messages": ["hi"]}', "no conversation", "messages[0] is str where an object is accepted"),
         (b'{"messages": [{"role": "me", "content": "x"}]}', "no conversation", "messages[0].role is 'me' where system, user,"),
         (b'{"messages": [{"role": "user", "content": "x"}]}', "no conversation", "messages has no message of the assistant"),
@@ -52,6 +54,7 @@ def test_what_is_read_of_a_record():
     assert document({"content": "code", "text": "prose"}) == "prose"
     assert document({"content": "code", "text": "prose"}, "content") == "code"
     assert document({"text": "prose", "messages": ANSWERED}) == Conversation(ANSWERED)
+    assert document({"text": "prose", "messages": None}) == document({"text": "prose", "messages": "x"}, "text") == "prose"
     older = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
     assert document({"conversations": older, "tools": "[]"}) == Conversation(ANSWERED)
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"text": "b"}], "name": None}, ANSWERED[1]]
@@ -61,7 +64,7 @@ def test_what_is_read_of_a_record():
 
 def test_bad_records_of_a_run_are_counted_and_the_first_named_by_file_and_line(tmp_path, tokenizer_folder):
     good = json.dumps({"text": "good"}).encode()
-    bad = [b'{"text": "cut', b'{"text": "\xff"}', b"", b'{"body": 1}', b'{"text": 1}']
+    bad = [b'{"text": "cut', b'{"text": "\xff"}', b"", b'{"body": 1}', b'{"text": 1}', b'{"messages": "x"}']
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([good, *bad, good]))
     (tmp_path / "b.jsonl").write_bytes(b"\n".join([bad[0]] * 9 + [good] * 11))
     for workers, folder in ((0, "one"), (2, "two")):
@@ -73,8 +76,9 @@ def test_bad_records_of_a_run_are_counted_and_the_first_named_by_file_and_line(t
             max_bad_rate=0.6,
             piece_bytes=100,
         )
-        kinds = {"broken JSON": 10, "not UTF-8": 1, "empty": 1, "no known field": 1, "no text in its field": 1}
-        assert total.tally.bad == Counter(kinds) and total.tally.records == 27
+        kinds = {"broken JSON": 10, "not UTF-8": 1, "empty": 1, "no conversation": 1}
+        kinds |= {"no known field": 1, "no text in its field": 1}
+        assert total.tally.bad == Counter(kinds) and total.tally.records == 28
         assert total.figures.documents == 13
         places = [str(fault).split(": ")[:2] for fault in total.tally.first]
         a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
@@ -84,7 +88,8 @@ def test_bad_records_of_a_run_are_counted_and_the_first_named_by_file_and_line(t
             [f"{a}:4", "empty"],
             [f"{a}:5", "no known field"],
             [f"{a}:6", "no text in its field"],
-            *([f"{b}:{line}", "broken JSON"] for line in range(1, 6)),
+            [f"{a}:7", "no conversation"],
+            *([f"{b}:{line}", "broken JSON"] for line in range(1, 5)),
         ]
         index = Prepared(tmp_path / folder).index
         assert index["bad"] == kinds and index["first_bad"] == [str(fault) for fault in total.tally.first]
@@ -95,7 +100,7 @@ def test_a_run_stops_past_the_rate_and_goes_on_with_another(tmp_path, tokenizer_
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     arguments = ([str(tmp_path / "a.jsonl")], tmp_path / "out", Work(str(tokenizer_folder)))
     with pytest.raises(
-        TooManyBadRecords, match=r"2 of 20 records are bad \(2 broken JSON\); accepted is a rate of 0.09"
+        TooManyBadRecords, match=r"2 of 20 records are bad \(2 broken JSON\); accepted is a rate of 0.09 \(--max-bad-rate\)"
     ) as caught:
         prepare(*arguments, workers=0, max_bad_rate=0.09)
     assert f"{tmp_path / 'a.jsonl'}:19: broken JSON: Expecting property name" in str(caught.value)

@@ -131,9 +131,14 @@ def test_states_that_do_not_fit_are_refused(config, web):
             loader.restore(state)
         with pytest.raises(DataError, match="states differ in batches: 1 and 0: accepted are those of one run"):
             merge_states([state, loader.state()])
-    for change, name in (({"seed": 6}, "seed"), ({"waiting": 5}, "waiting"), ({"sources": (Source("web", web),)}, "sources")):
+    for change, name, key in (
+        ({"seed": 6}, "seed", "seed"),
+        ({"shards": 6}, "shard_count", r"data.shards \(a divisor of every stage's batch\)"),
+        ({"waiting": 5}, "waiting", "data.waiting"),
+        ({"sources": (Source("web", web),)}, "sources", "data.sources and stages.NAME.mixture"),
+    ):
         with make_loader(dataclasses.replace(config, **change), batch=BATCH, seq=SEQ) as other:
-            with pytest.raises(DataError, match=f"the state has {name} .*, and the loader .*: accepted is the same"):
+            with pytest.raises(DataError, match=f"the state has {name} .*: accepted is the same, by {key} in a run's file"):
                 other.restore(state)
     with pytest.raises(DataError, match="the loader is closed"):
         next(loader)

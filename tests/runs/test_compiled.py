@@ -20,6 +20,8 @@ config = { num_hidden_layers = 2, vocab_size = 8192, bos_token_id = 1, eos_token
 [mesh]
 axes = "fsdp=2,tensor=2"
 topology = "v5e:2x2"
+[data.sources.text]
+folder = "not-there"
 [lora]
 base_dtype = "float32"
 [stages.short]
@@ -70,6 +72,12 @@ def test_what_a_run_is_not_planned_with(file, words, says, capsys):
     assert main(["plan", str(file), *words]) == 2
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == 1
+
+
+def test_a_run_without_chips_is_not_planned(file, capsys):
+    file.write_text(file.read_text().replace('topology = "v5e:2x2"', ""))
+    assert main(["plan", str(file)]) == 2
+    assert "run.toml names no chips: accepted are those that the run is meant for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

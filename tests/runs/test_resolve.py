@@ -148,6 +148,34 @@ def test_an_optional_section_is_there_once_it_is_named(run, line):
         ),
         ("[optimizer]\nb2 = 0.99", "[watch]\nprofile = [3, 999]", r"watch.profile is steps 3 to 999 of 33"),
         ("[optimizer]\nb2 = 0.99", '[step]\nremat = "some"', r"step.remat: remat policy 'some'.*run.toml:4"),
+        (
+            "[optimizer]\nb2 = 0.99",
+            "[model.config]\nnum_expert = 4",
+            r"run.toml:4: unknown key model.config.num_expert: did you mean model.config.num_experts\?",
+        ),
+        (
+            "[optimizer]\nb2",
+            '[model]\nconfig.hidden_size = "big"\n[optimizer]\nb2',
+            r":4: model.config.hidden_size is 'big': .* int",
+        ),
+        (
+            "[optimizer]\nb2 = 0.99",
+            "[model.config]\nnum_experts = 4\n\nnum_experts_per_tok = 99",
+            r"num_experts_per_tok 99 is above num_experts 4; model.preset is from .*base.toml:4; model.config.num_experts is "
+            r"from .*run.toml:4; model.config.num_experts_per_tok is from .*run.toml:6",
+        ),
+        (
+            "[optimizer]\nb2 = 0.99",
+            "[model.config.rope_scaling]\nfactor = 4",
+            r"run.toml:4: model.config.rope_scaling is a table",
+        ),
+        ("[optimizer]\nb2 = 0.99", '[model]\npreset = "qwen3-9b"', r"qwen3-9b.*; model.preset is from .*run.toml:4"),
+        ("mixture = { web = 2 }", "rope_theta = 0.5", r"rope_theta is 0.5: accepted is a number above 1; .*run.toml:8"),
+        (
+            "mixture = { web = 2 }",
+            "tokens = 3072",
+            r"tokens is 3072, 0.09 steps of 8 x 4096 tokens: accepted is a multiple of 32768, as 32768; ",
+        ),
     ],
 )
 def test_bad_runs_are_refused_with_file_line_and_key(run, old, new, said):
@@ -164,11 +192,20 @@ def test_bad_runs_are_refused_with_file_line_and_key(run, old, new, said):
         (["b1=3"], "'b1=3' on the command line: accepted are --section.key value"),
         (["--optimizer.b1", "fast"], "command line: optimizer.b1 is 'fast': accepted is float"),
         (["--stages", "{}"], "the run has no stages"),
+        (["--data", "{}"], r"the run has no data: accepted is at least one source, \[data.sources.NAME\]"),
+        (["--model.config.num_expert", "4"], "command line: unknown key model.config.num_expert: did you mean"),
+        (["--model.config.head_dim", "3"], "head_dim is 3: .*model.config.head_dim is from command line"),
     ],
 )
 def test_bad_words_are_refused(run, words, said):
     with pytest.raises(RunError, match=said):
         resolve(run, words)
+
+
+@pytest.mark.parametrize("word", ["nan", "7", "true", "2026-01-31", "[1]", "plain"])
+def test_a_word_stays_a_word_where_a_string_is_wanted(run, word):
+    found = resolve(run, ["--name", word, "--watch.wandb", word, "--watch.prompts", '["a"]', "--data.cache", "'7'"]).run
+    assert (found.name, found.watch.wandb, found.watch.prompts, found.data.cache) == (word, word, ("a",), "7")
 
 
 def test_print_config_shows_values_and_origins(run, capsys):
