@@ -1,8 +1,10 @@
 """Compiled programs kept on disk, so that the second start of a process compiles nothing."""
 
+import contextlib
 import importlib.metadata
 import logging
 import os
+import secrets
 import tempfile
 import zlib
 from pathlib import Path
@@ -21,6 +23,7 @@ logger = logging.getLogger(__name__)
 # Who has a say in what a program is compiled to; those that are not installed are left out.
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "qwen3-jax")
 CHECKED = "qwen3-jax-checked"  # its time is that of the last look at the entries
+SHARED = "qwen3-jax-shared"  # begins the name of a file that is there while processes look whether they share the folder
 ZSTD, ZLIB = b"\x28\xb5\x2f\xfd", b"\x78"  # what jax's entries begin with
 PIECE = 2**20  # bytes read at once
 
@@ -100,6 +103,41 @@ def mend_compilation_cache() -> list[Path]:
     except OSError as error:  # a cache that may only be read, or that others clear up
         logger.warning("%s cannot be looked through for entries that were cut off: %s", given, error)
     return removed
+
+
+def share_compilation_cache() -> bool:
+    """Let go of jax's compilation cache where several processes have a folder each; every process calls it.
+
+    Process 0 alone writes entries, so it alone would find one, and the others would compile as ever. On GPUs they would wait
+    for its part in the search for the fastest kernels, which compilers of several processes divide among themselves.
+
+    Returns:
+        Whether the cache is still used, or there is none.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    from qwen3_jax.checkpoint.together import Team
+
+    if jax.process_count() == 1:
+        return True
+    team, given = Team(jax.process_count(), jax.process_index()), jax.config.jax_compilation_cache_dir or ""
+    name = f"{SHARED}-{team.texts(secrets.token_hex(8))[0]}"
+    mark = Path(given) / name
+    local = bool(given) and "://" not in given
+    with contextlib.suppress(OSError):  # then nobody finds it
+        if team.leads and local:
+            mark.touch()
+    team.told("")  # it is there
+    found = team.texts(given if not local else "shared" if mark.exists() else "own")
+    with contextlib.suppress(OSError):
+        if team.leads and local:
+            mark.unlink()
+    if len(set(found)) == 1 and found[0] != "own":
+        return True
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    return False
 
 
 def _whole(entry: Path) -> bool:

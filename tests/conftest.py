@@ -1,13 +1,19 @@
 """What every test runs under: eight CPU devices, flax's coming defaults, exact float32 products, shapes and types checked."""
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Eight devices, for meshes; whatever names none runs on the first.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+# No test leaves programs in the user's own cache, nor finds them there.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="qwen3-jax-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ["NNX_GRAPH_MODE"] = "false"
 os.environ["NNX_GRAPH_UPDATES"] = "false"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"

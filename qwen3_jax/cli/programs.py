@@ -1,4 +1,4 @@
-"""Compiled programs of the commands that run a model: kept for the next start, unless the user has said no."""
+"""Compiled programs of the commands that run or train a model: kept for the next start, unless the user has said no."""
 
 import sys
 

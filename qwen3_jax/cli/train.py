@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WIDEST = 160
-USAGE = """usage: qwen3-jax train RUN.toml [--print-config] [--dry-run] [--help-config] [--section.key value ...]
+USAGE = """usage: qwen3-jax train RUN.toml [--print-config] [--dry-run] [--help-config] [--no-compilation-cache]
+                       [--section.key value ...]
 
 Train by a run's file. --print-config shows every value and where it came from; --dry-run the mesh, the memory of a chip and
-the tokens, and starts nothing; --help-config every key with its unit. `--stages.general.batch 64` gives another value."""
+the tokens, and starts nothing; --help-config every key with its unit. Compiled programs are kept for the next start, in
+$XDG_CACHE_HOME or ~/.cache, but with --no-compilation-cache. `--stages.general.batch 64` gives another value."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk's, not ours
 DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
-SWITCHES = ("--print-config", "--dry-run", "--help-config")
+NO_CACHE = "--no-compilation-cache"
+SWITCHES = ("--print-config", "--dry-run", "--help-config", NO_CACHE)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,21 +72,25 @@ def main(argv: Sequence[str]) -> int:
         for table in need_tables(resolved.run, need):
             console.print(table)
         return 0 if need.hbm is None or need.bytes <= need.hbm else 1
-    if switches:
+    if set(switches) - {NO_CACHE}:
         return 0
-    return _train(resolved.run, console)
+    return _train(resolved.run, console, keep=NO_CACHE not in switches)
 
 
-def _train(run: "Run", console: "Console") -> int:
+def _train(run: "Run", console: "Console", *, keep: bool) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from qwen3_jax.cli.left_out import LeftOut
+    from qwen3_jax.cli.programs import keep_programs
     from qwen3_jax.host_memory import keep_freed_memory_on_cpu
     from qwen3_jax.runs.train import train
     from qwen3_jax.training.checkpoints import TrainingCheckpointError
     from qwen3_jax.training.loop import TrainingError
 
+    keep_programs(keep)
     keep_freed_memory_on_cpu()  # a step is a fifth faster
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    left_out = LeftOut()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(run.name, total=run.steps)
 
@@ -92,6 +99,8 @@ def _train(run: "Run", console: "Console") -> int:
             line = f"step {step:,}  {figures['stage']}  loss {loss:.4f}  {rate:,.0f} tokens/s"
             if figures["mfu"] is not None:
                 line += f"  MFU {figures['mfu']:.1%}"
+            for skipped in left_out.lines(step, figures):
+                console.print(skipped)
             progress.update(task, completed=step + 1, description=line)
             if not console.is_terminal and (step + 1) % run.watch.every == 0:
                 console.print(line)

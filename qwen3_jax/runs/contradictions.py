@@ -143,6 +143,7 @@ def _numbers(run: Run) -> Iterator[Contradiction]:
         "step.max_skipped": run.step.max_skipped,
         "step.loss_scale": run.step.loss_scale,
         "step.spike": run.step.spike,
+        "step.max_rewinds": run.step.max_rewinds,
         "optimizer.eps": run.optimizer.eps,
         "optimizer.max_grad_norm": run.optimizer.max_grad_norm,
         "lora.rank": None if run.lora is None else run.lora.rank,

@@ -75,6 +75,7 @@ def policy_of(run: Run) -> Policy:
         not_finite=run.step.not_finite,
         max_skipped=run.step.max_skipped,
         spike=run.step.spike,
+        max_rewinds=run.step.max_rewinds,
         profile=run.watch.profile,
     )
 

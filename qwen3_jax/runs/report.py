@@ -18,8 +18,8 @@ KINDS = ("start", "compile", "train", "data", "save", "look", "restore", "again"
 MEANINGS = (
     "start: processes, weights or checkpoint, until the first step. compile: first step of each stage. data: waiting for "
     "batches. save: waiting for checkpoints, and the export. look: held-out loss and completions. restore: going back after a "
-    "spike. again: steps that a kill took back. Of a killed start the journal's times tell: its start holds the first lines' "
-    "steps, its train all that followed and was kept."
+    "spike. again: steps that a kill or a spike took back. Of a killed start the journal's times tell: its start holds the "
+    "first lines' steps, its train all that followed and was kept."
 )
 MOST_POINTS = 1000  # of a line
 MOST_LAYERS = 8  # whose experts are shown over time

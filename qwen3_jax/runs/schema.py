@@ -134,6 +134,8 @@ class StepSection(Section):
     """Where dynamic loss scaling of float16 begins."""
     spike: float | None = None
     """Go back to the last checkpoint, past the data that followed it, where the loss is so many nats above its running mean."""
+    max_rewinds: int = 5
+    """Times that step.spike goes back with no newer checkpoint in between; the next spike stops the run."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen3_jax.runs.report import without_rewound
 from qwen3_jax.training.files import write_whole
 from qwen3_jax.training.journal import read_lines
 
@@ -59,12 +60,16 @@ class Starts:
 
 def _killed(start: Mapping[str, Any], journal: Path, first: int) -> dict[str, Any]:
     """What is known of a start that was killed, once the next one begins with step `first`: `again` is of steps made twice."""
-    found = [line for line in read_lines(journal) if line.get("time", 0) > start["begun"]] if journal.exists() else []
+    lines = list(read_lines(journal)) if journal.exists() else []
+    begins = next((at for at, line in enumerate(lines) if line.get("time", 0) > start["begun"]), len(lines))
+    lines = lines[begins:]
+    found = [line for line in lines if "time" in line]
     line = dict(begun=start["begun"], ended=None, first=start["first"], step=start["first"], came_to="killed", seconds={})
     if not found:
         return line
-    kept = [line["time"] for line in found if line["step"] < first]
+    kept = [at for at, line in enumerate(lines) if "time" in line and line["step"] < first]
     begun, ended = found[0]["time"], found[-1]["time"]
-    saved = kept[-1] if kept else begun
-    seconds = dict(start=begun - start["begun"], train=saved - begun, again=ended - saved)
+    saved = lines[kept[-1]]["time"] if kept else begun
+    back = sum(rewind["seconds"] for rewind in without_rewound(lines[: kept[-1] + 1])[1]) if kept else 0.0
+    seconds = dict(start=begun - start["begun"], train=saved - begun - back, again=ended - saved + back)
     return line | dict(ended=ended, step=found[-1]["step"] + 1, seconds=seconds)

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from qwen3_jax.chips import chip_of
-from qwen3_jax.compilation import mend_compilation_cache
+from qwen3_jax.compilation import mend_compilation_cache, share_compilation_cache
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.data.loader import make_loader
 from qwen3_jax.data.state import merge_states
@@ -24,6 +24,7 @@ from qwen3_jax.parallel.batches import global_batch, process_rows
 from qwen3_jax.parallel.processes import initialize
 from qwen3_jax.parallel.rules import Rules
 from qwen3_jax.planning.estimate import model_flops
+from qwen3_jax.runs.alone import alone
 from qwen3_jax.runs.dry_run import stage_job
 from qwen3_jax.runs.export import Exports, check_export
 from qwen3_jax.runs.look import Look
@@ -92,9 +93,25 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
     mesh, leads = processes.mesh, processes.id == 0
     if leads:
         mend_compilation_cache()  # a kill of the start before this one may have cut off an entry
+    if not share_compilation_cache() and leads:
+        said("the processes share no compilation cache, so this start uses none")
     if mesh is None:
         raise RunError("mesh.axes is empty: accepted are sizes by axis, fsdp=-1 for all devices")
-    said = said if leads else _quiet
+    # From here on a SIGTERM is answered before the next step, and after the last one not at all: the run ends by itself then.
+    with Stopping() as stopping:
+        return _carry_out(run, mesh, leads, begun, clock, told, said if leads else _quiet, stopping)
+
+
+def _carry_out(
+    run: Run,
+    mesh: Mesh,
+    leads: bool,
+    begun: float,
+    clock: float,
+    told: Callable[[int, Mapping[str, Any]], None] | None,
+    said: Callable[[str], None],
+    stopping: Stopping,
+) -> Ended:
     config, rules = model_config(run.model), rules_of(run)
     check_weights(run.model, config)
     optimizer = optimizer_of(run)
@@ -102,8 +119,11 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
     check_shared(run)
     watched = run.watch.held_out is not None or run.watch.prompts
     look = Look(run, config, mesh, rules) if watched else None  # before weights are read, for it may refuse
-    where, kept = checkpoint_folder(run), run.checkpoint
-    with Checkpoints(where, keep=kept.keep, keep_every=kept.keep_every) as checkpoints:
+    kept = run.checkpoint
+    with contextlib.ExitStack() as held:
+        if leads:
+            held.enter_context(alone(folder, clock))
+        checkpoints = held.enter_context(Checkpoints(checkpoint_folder(run), keep=kept.keep, keep_every=kept.keep_every))
         _check_stages_ahead(run, config, checkpoints)
         state, progress = _begin(run, config, mesh, rules, optimizer, checkpoints, said)
         first = int(state.step)
@@ -122,14 +142,15 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
             look=look,
             export=exports,
             told=told if leads else None,
+            said=said,
             trace=str(folder / "trace"),
             peak=peak_of(mesh),
         )
         start, step, came_to = time.perf_counter() - begun, first, "failed"
         try:
             with _no_refusals(lambda: loop.reached - first):
-                with Stopping() as stopping:
-                    state, done = loop.run(state, progress, stopping)
+                early = stopping.asked(first)
+                state, done = (state, False) if early else loop.run(state, progress, stopping)
                 if done:
                     begun = time.perf_counter()
                     exports.last(state)
@@ -148,7 +169,8 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
                     journal.close()  # last, for boards may be slow, and whoever told the run to end may kill it meanwhile
             except OSError as error:  # a disk that is full has ended the run already, and that is what is to be told
                 said(f"the figures' end, the report, or this start's line in it, cannot be written: {error}")
-        said(f"{'done' if done else 'told to end: saved'} at step {step:,} of {loop.steps:,}")
+        how = "done" if done else "told to end before this start's first step, with nothing to save," if early else ""
+        said(f"{how or 'told to end: saved'} at step {step:,} of {loop.steps:,}")
     said(f"seconds of this start: {'  '.join(f'{name} {value:.1f}' for name, value in seconds.items())}")
     return Ended(step, done, seconds)
 

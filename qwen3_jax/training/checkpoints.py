@@ -8,11 +8,13 @@ process its own shards, in chunks of a layer and an expert.
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,11 +23,15 @@ from etils import epath
 
 from qwen3_jax.checkpoint.together import Team
 from qwen3_jax.parallel.mesh import on_mesh_of
+from qwen3_jax.training.files import write_whole
 
 logger = logging.getLogger(__name__)
 
 # What Orbax and TensorStore raise of files that are missing, cut off or changed.
 BROKEN = (ValueError, OSError, KeyError, TypeError)
+# Where their messages cease to tell anything.
+TAILS = ("See full TensorStore details", "[tensorstore_spec=", "[source locations", "<bound method")
+MESSAGE = 400  # characters of them at most
 LEAST_CHUNK = 2**18  # bytes; smaller ones cost more than they spare
 
 
@@ -117,6 +123,25 @@ class Checkpoints:
                 force=True,
             )
 
+    def rewrite(self, step: int, run: Mapping[str, Any]) -> None:
+        """Put other JSON in the place of a whole checkpoint's, whose arrays stay; whenever this stops, one of both is there.
+
+        Args:
+            step: its number.
+            run: JSON.
+
+        Raises:
+            TrainingCheckpointError: it cannot be written.
+        """
+        self._writing = step
+        if jax.process_index() == 0:
+            file, text = self.folder / str(step) / "run" / "metadata", json.dumps(dict(run))
+            with self._told():
+                if self._in_bucket:
+                    file.write_text(text)  # an object appears whole
+                else:
+                    write_whole(Path(file), text)
+
     def wait(self) -> None:
         """Until nothing is being written.
 
@@ -163,8 +188,8 @@ class Checkpoints:
                 # Orbax tells some failed reads as a bare Exception, whose cause is TensorStore's.
                 if not isinstance(error, BROKEN) and not isinstance(error.__cause__, BROKEN):
                     raise
-                found, reason = None, (str(error).splitlines() or [""])[0][:300] or type(error).__name__
-                logger.warning("checkpoint %d of %s cannot be read, an older one is taken: %s", step, self.folder, error)
+                found, reason = None, _in_a_line(error)
+                logger.debug("checkpoint %d of %s cannot be read", step, self.folder, exc_info=error)
             # Each process reads its own shards: what one cannot read, all pass over, or they would go on from different steps.
             bad = [(index, why) for index, why in enumerate(team.told(reason)) if why]
             if found is None or bad:
@@ -228,8 +253,7 @@ class Checkpoints:
             # The libraries that reach a bucket have no common base of their errors.
             if not isinstance(error, (OSError, ValueError)) and not self._in_bucket:
                 raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            stand = self._standing()
+            reason, stand = _in_a_line(error), self._standing()
             what = "a checkpoint" if self._writing is None else f"checkpoint {self._writing}"
             raise TrainingCheckpointError(
                 f"{self.folder}: {what} cannot be written: {reason}; whole ones there: {stand}"
@@ -243,6 +267,16 @@ class Checkpoints:
             if not self._in_bucket:
                 raise
             return "it does not say"
+
+
+def _in_a_line(error: BaseException) -> str:
+    """What an error of Orbax or TensorStore says at first; its specs and its objects by address are left out."""
+    text = (str(error).splitlines() or [""])[0]
+    for tail in TAILS:
+        text = text.partition(tail)[0]
+    text = text.strip(" .,:;[(") or type(error).__name__
+    # The file is named at the beginning, and what is wrong with it at the end.
+    return text if len(text) <= MESSAGE else f"{text[: MESSAGE // 2]} ... {text[-MESSAGE // 2 + 5 :]}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,8 @@ class Journal:
 
         Args:
             path: the file.
-            first: the next step; lines of it and of later ones, and a line that was cut off, are taken out.
+            first: the next step; lines of it and of later ones, and a line that was cut off, are taken out, but not what a
+                rewind to it or to an earlier one has taken back already.
             writes: whether this process writes; on others nothing happens.
             boards: take each line too; given on the process that writes, and closed with the journal.
         """
@@ -33,7 +34,10 @@ class Journal:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            kept = [line for line in read_lines(path) if line.get("step", -1) < first]
+            lines = list(read_lines(path))
+            marks = [at for at, line in enumerate(lines) if "rewound_from" in line and line["step"] <= first]
+            settled = marks[-1] + 1 if marks else 0
+            kept = lines[:settled] + [line for line in lines[settled:] if line.get("step", -1) < first]
             write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         # Unbuffered: what a full disk has refused must not be tried again by whatever is written or closed next.
         self._file = path.open("ab", buffering=0)

@@ -5,6 +5,7 @@ run's end wait for the last step.
 """
 
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -82,6 +83,7 @@ class Policy:
         not_finite: whether a step that is not finite is left out, or ends the run.
         max_skipped: steps left out in a row that end the run.
         spike: nats above the running mean of the loss at which the run goes back to its last checkpoint; None: never.
+        max_rewinds: times that it goes back with no newer checkpoint in between; the next one ends the run.
         profile: first and last step of a trace.
     """
 
@@ -92,6 +94,7 @@ class Policy:
     not_finite: Literal["skip", "stop"] = "skip"
     max_skipped: int = 100
     spike: float | None = None
+    max_rewinds: int = 5
     profile: tuple[int, int] | None = None
 
 
@@ -126,6 +129,7 @@ class Loop:
         look: Callable[[int, Any], Mapping[str, Any]] | None = None,
         export: Callable[[int, Any], None] | None = None,
         told: Callable[[int, Mapping[str, Any]], None] | None = None,
+        said: Callable[[str], None] | None = None,
         trace: str | None = None,
         peak: float | None = None,
     ):
@@ -140,6 +144,7 @@ class Loop:
             look: measures the state every so often: held-out loss, completions; its figures go to the journal.
             export: writes a state's model, for use elsewhere; it leaves the state as it is.
             told: is shown each step's figures.
+            said: is given a line for each rewind, and for each checkpoint that one passes over.
             trace: folder of the profiler's trace.
             peak: FLOP/s of all chips, for the MFU; None where it is not known.
         """
@@ -151,12 +156,14 @@ class Loop:
         self._look = look
         self._export = export
         self._told = told
+        self._said = said
         self._trace = trace
         self._tracing = False
         self._peak = peak
         self._seen = time.perf_counter()
         self.reached = 0  # steps whose figures have been looked at, counted from the run's first
         self.seconds: dict[str, float] = dict(train=0.0, compile=0.0, save=0.0, look=0.0, restore=0.0, data=0.0)
+        self._trained: dict[int, float] = {}  # of each checkpoint of this start, the seconds of steps until it
 
     @property
     def steps(self) -> int:
@@ -175,7 +182,7 @@ class Loop:
             The last state, which is saved; and whether the run is done.
 
         Raises:
-            TrainingError: too many steps that were not finite.
+            TrainingError: too many steps that were not finite, or too many rewinds.
         """
         at = int(state.step)
         while at < self.steps:
@@ -208,7 +215,10 @@ class Loop:
         at, fresh, waiting = int(state.step), True, None
         while at < first + stage.steps:
             if stopping.asked(at):
-                self._settle(waiting, progress)
+                if spike := self._settle(waiting, progress):
+                    # What is gone back to is saved; the state of the spike must not be what is gone on from.
+                    state, at = self._rewound(spike, first, state, at, progress, data)
+                    return state, at, True
                 progress.data = data.state()
                 self._save(at, state, progress)
                 self._checkpoints.wait()
@@ -224,18 +234,20 @@ class Loop:
             self.seconds["data"] += fetched - begun
             self.seconds["compile" if fresh else "train"] += done - fetched
             fresh = False
-            back = self._settle(waiting, progress)
+            spike = self._settle(waiting, progress)
             waiting = (at, stage, metrics)
             at += 1
             due = at % self._policy.save_every == 0 or at == first + stage.steps
             looking = self._look is not None and (at % self._policy.look_every == 0 or at == self.steps)
             exporting = self._policy.export_every is not None and at % self._policy.export_every == 0
             if due or looking or exporting:
-                back = self._settle(waiting, progress) or back
+                spike = self._settle(waiting, progress) or spike
                 waiting = None
-            if back:
-                state, at = self._rewound(state, at, progress)
-                waiting, fresh = None, False
+            if spike:
+                state, at = self._rewound(spike, first, state, at, progress, data)
+                if at < first:
+                    return state, at, False  # a step of an earlier stage's comes next, with that one's step and data
+                waiting = None
                 continue
             if looking and self._look is not None:
                 begun = time.perf_counter()
@@ -255,10 +267,10 @@ class Loop:
         self._settle(waiting, progress)
         return state, at, False
 
-    def _settle(self, waiting: tuple[int, Stage, dict[str, Any]] | None, progress: Progress) -> bool:
-        """Look at what a step gave, which waits for it; whether its loss is a spike."""
+    def _settle(self, waiting: tuple[int, Stage, dict[str, Any]] | None, progress: Progress) -> str:
+        """Look at what a step gave, which waits for it; the spike of its loss in words, or nothing."""
         if waiting is None:
-            return False
+            return ""
         step, stage, metrics = waiting
         begun = time.perf_counter()
         small = {name: value.item() for name, value in jax.device_get({k: v for k, v in metrics.items() if not v.ndim}).items()}
@@ -277,10 +289,10 @@ class Loop:
             self._journal.write(figures | {name: plain(value) for name, value in metrics.items() if value.ndim})
         mean, spike = progress.mean, self._policy.spike
         if spike is not None and mean is not None and loss > mean + spike:
-            return True
+            return f"step {step:,}: loss {loss:.4f}, more than step.spike {spike:g} above its running mean {mean:.4f}"
         if not in_a_row:
             progress.mean = loss if mean is None else RUNNING_MEAN * mean + (1 - RUNNING_MEAN) * loss
-        return False
+        return ""
 
     def _speed(self, stage: Stage) -> dict[str, float | None]:
         """Tokens a second since the last step that was looked at, and the share of the chips' peak that they are."""
@@ -296,22 +308,47 @@ class Loop:
             total, steps = total + made * stage.tokens, steps - made
         return total
 
-    def _rewound(self, state: Any, at: int, progress: Progress) -> tuple[Any, int]:
-        """The last checkpoint's state; the data stays where it is, past what the loss rose on."""
+    def _rewound(self, spike: str, first: int, state: Any, at: int, progress: Progress, data: Data) -> tuple[Any, int]:
+        """The last checkpoint's state; the data stays where it is, past what the loss rose on, whatever ends this start.
+
+        A checkpoint from before the stage, where newer ones cannot be read, is gone on from as it is, with its own data.
+        """
         begun = time.perf_counter()
         self._checkpoints.wait()
         if not self._checkpoints.steps():
-            raise TrainingError(f"step {at - 1}: the loss rose by step.spike, and there is no checkpoint yet to go back to")
+            raise TrainingError(f"{spike}; there is no checkpoint yet to go back to")
         found = self._checkpoints.restore(_given_up(state))
         assert found is not None  # there are some
-        progress.rewound.append([at, found.step])
-        progress.mean = found.run["progress"]["mean"]
+        before = Progress(**found.run["progress"])
+        rewound = [*progress.rewound, [at, found.step]]
+        times = len(list(itertools.takewhile(lambda pair: pair[1] >= found.step, reversed(rewound))))
+        if times > self._policy.max_rewinds:
+            went = f"the run went back {times - 1} times to step {found.step:,} without a newer checkpoint since"
+            raise TrainingError(f"{spike}; {went}: it stops by step.max_rewinds")
+        progress.rewound, progress.mean = rewound, before.mean
+        if found.step >= first:
+            progress.data = data.state()
+        else:
+            progress.stage, progress.data = before.stage, before.data
+        # At once: a start that ends before its next save must not begin the same again.
+        self._checkpoints.rewrite(found.step, found.run | dict(progress=dataclasses.asdict(progress)))
         self._journal.write(dict(step=found.step, rewound_from=at))
-        self.seconds["restore"] += time.perf_counter() - begun
+        kept = self._trained.get(found.step, 0.0)
+        self.seconds["again"] = self.seconds.get("again", 0.0) + self.seconds["train"] - kept
+        self.seconds["train"] = kept
+        took = time.perf_counter() - begun
+        self.seconds["restore"] += took
+        self._seen += took
+        if self._said is not None:
+            for step, reason in found.passed_over.items():
+                self._said(f"checkpoint {step} cannot be read: {reason}")
+            where = "past the data since" if found.step >= first else "before this stage, whose data begins again"
+            self._said(f"{spike}: back to step {found.step:,}, {where} ({times} of {self._policy.max_rewinds} times)")
         return found.state, found.step
 
     def _save(self, step: int, state: Any, progress: Progress) -> None:
         begun = self._reached(state)
+        self._trained[step] = self.seconds["train"]
         self._checkpoints.save(step, state, self._about | dict(progress=dataclasses.asdict(progress)))
         self._saved(begun)
 

@@ -114,10 +114,11 @@ def make_train_step(
 
     Returns:
         step(state, batch) -> (state, metrics); metrics are float32: loss (cross-entropy), balance_loss, router_z_loss,
-        grad_norm, tokens (the labels' weights), loss_scale, and by MoE layer expert_load [L_moe, E], the share of rows that
-        each expert got, max_violation [L_moe], how much more the busiest one got than its even share, and router_entropy
-        [L_moe] in nats; and int32 dead_experts [L_moe], that got no row, dropped_rows, rows sent to experts minus rows that
-        came back, skipped and skipped_in_a_row, steps that changed nothing, for their loss or gradient was not finite.
+        grad_norm, tokens (the labels' weights), in float16 the next step's loss_scale, and by MoE layer expert_load [L_moe, E],
+        the share of rows that each expert got, max_violation [L_moe], how much more the busiest one got than its even share,
+        and router_entropy [L_moe] in nats; and int32 dead_experts [L_moe], that got no row, dropped_rows, rows sent to experts
+        minus rows that came back, skipped and skipped_in_a_row, steps that changed nothing, for their loss or gradient was not
+        finite.
     """
     if parts < 1:
         raise ValueError(f"parts is {parts}: accepted is a whole number from 1")
@@ -151,7 +152,9 @@ def make_train_step(
         params, opt_state = chosen(finite, (params, opt_state), (state.params, before))
         opt_state = put_back(opt_state, state.opt_state)
         guard = state.guard.after(finite, scaling=scaling)
-        metrics |= dict(skipped=guard.skipped, skipped_in_a_row=guard.in_a_row, loss_scale=guard.scale)
+        metrics |= dict(skipped=guard.skipped, skipped_in_a_row=guard.in_a_row)
+        if scaling:
+            metrics["loss_scale"] = guard.scale
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, guard=guard), metrics
 
     return TrainStep(step, functools.partial(graph_for, config=config, rules=rules, dtype=jnp.dtype(dtype), adapt=adapt), parts)

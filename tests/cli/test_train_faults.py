@@ -9,6 +9,7 @@ from pathlib import Path
 import orbax.checkpoint
 import pytest
 
+from qwen3_jax.cli import programs
 from qwen3_jax.cli.main import main
 from qwen3_jax.cli.train import _one_error
 from qwen3_jax.data.files import DataError
@@ -50,7 +51,7 @@ def test_an_exit_code_says_whose_fault_it_was(monkeypatch, capsys, steps, error,
             raise error
 
     monkeypatch.setattr(train, "train", fails)
-    assert main(["train", str(DEMO)]) == code
+    assert main(["train", str(DEMO), "--no-compilation-cache"]) == code
     said = capsys.readouterr().err
     assert ("Traceback" in said) == traced
     last = said.splitlines()[-1]
@@ -81,3 +82,43 @@ def test_only_orbax_s_own_tracebacks_are_left_out(caplog, at, kept):
     assert [(record.name, record.getMessage()) for record in caplog.records] == [
         (name, line) for name in ("absl", "asyncio") for line in said
     ]
+
+
+def test_steps_that_are_left_out_are_said(monkeypatch, capsys):
+    """Of a float16 run its first twelve, whatever watch.every is; of one that leaves out every other step not all."""
+
+    def figures(step, row, skipped, **more):
+        small = dict(stage="all", loss=float("nan") if row else 2.0, grad_norm=float("inf") if row else 1.0, mfu=None)
+        return small | dict(step=step, tokens_per_second=1.0, skipped=skipped, skipped_in_a_row=row) | more
+
+    def overflows(run, told, said):
+        for step in range(12):
+            told(step, figures(step, step + 1, step + 1, loss_scale=2.0 ** (30 - step - 1)))
+        told(12, figures(12, 0, 12, loss_scale=2.0**18))
+
+    def every_other(run, told, said):
+        for step in range(2000):
+            told(step, figures(step, step % 2, (step + 1) // 2))
+
+    words = ["train", str(DEMO), "--no-compilation-cache", "--watch.every", "100000"]
+    monkeypatch.setattr(train, "train", overflows)
+    assert main(words) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "step 0 was left out: loss nan, gradient inf, 1 in all; loss scale 1.07374e+09 -> 5.36871e+08",
+        "steps 0 to 11 were left out, 12 in a row, 12 in all; loss scale 1.07374e+09 -> 262,144",
+    ]
+    monkeypatch.setattr(train, "train", every_other)
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "step 1 was left out: loss nan, gradient inf, 1 in all"
+    assert lines[-1] == "step 1,023 was left out: loss nan, gradient inf, 512 in all"
+    assert len(lines) == 16 + 5
+
+
+@pytest.mark.parametrize("words, kept", [([], True), (["--no-compilation-cache"], False)])
+def test_programs_are_kept_unless_the_user_says_no(monkeypatch, words, kept):
+    told = []
+    monkeypatch.setattr(programs, "keep_programs", told.append)
+    monkeypatch.setattr(train, "train", lambda *given: None)
+    assert main(["train", str(DEMO), *words]) == 0
+    assert told == [kept]

@@ -117,9 +117,9 @@ def curve(place, runs="runs"):
     return [{name: line[name] for name in told if name in line} for line in read_lines(place / runs / "tiny/metrics.jsonl")]
 
 
-def arrays_of(place, step=14, runs="runs"):
+def arrays_of(place, step=14, runs="runs", name="tiny"):
     """What a checkpoint holds, by its names there."""
-    folder = place / runs / f"tiny/checkpoints/{step}/state"
+    folder = place / runs / f"{name}/checkpoints/{step}/state"
     names = json.loads((folder / "_METADATA").read_text())["tree_metadata"].values()
     found = {}
     for entry in names:

@@ -15,7 +15,7 @@ from qwen3_jax.pages import heat, lines, said, ticks
 from qwen3_jax.runs.report import highest, lost_share, means, report, without_rewound, write_report
 from qwen3_jax.runs.schema import ModelSection, Run, StageSection
 from qwen3_jax.runs.starts import Starts
-from qwen3_jax.training.journal import read_lines
+from qwen3_jax.training.journal import Journal, read_lines
 from tools.show_run import tokens_before
 
 RUN = Run(name="<one>", model=ModelSection(preset="qwen3-0.6b"), stages={"all": StageSection(tokens=80, batch=1, seq=10)})
@@ -132,6 +132,24 @@ def test_a_killed_start_is_told_by_the_next(tmp_path):
     write_report(RUN, tmp_path)
     assert (tmp_path / "report.html").read_text("utf-8").count("begun again at step") == 2
     assert not (tmp_path / "report.html.part").exists()
+
+
+def test_a_killed_start_s_rewinds_are_lost_too(tmp_path):
+    """Begun at 900, it went back from step 4 to step 2, whose lines are of 1002 and 1003, and was killed after step 5."""
+    Starts(tmp_path, 0, 900.0)
+    steps = [line(at, 1.0) for at in range(4)] + [{"step": 2, "rewound_from": 4}]
+    steps += [line(at, 1.0, time=1010.0 + at) for at in (2, 3, 4, 5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    Starts(tmp_path, 4, 2000.0)
+    (first,) = read_lines(tmp_path / "starts.jsonl")
+    assert first == start(900.0, 1015.0, 0, 6, "killed", start=100.0, train=12.0, again=3.0)
+    # The next start's journal keeps what the rewind has settled, and takes back what comes again.
+    Journal(tmp_path / "metrics.jsonl", 4).close()
+    assert list(read_lines(tmp_path / "metrics.jsonl")) == steps[:7]
+    Journal(tmp_path / "metrics.jsonl", 2).close()
+    assert list(read_lines(tmp_path / "metrics.jsonl")) == steps[:5]
+    Journal(tmp_path / "metrics.jsonl", 1).close()
+    assert list(read_lines(tmp_path / "metrics.jsonl")) == steps[:1]
 
 
 def test_a_kill_within_a_note_leaves_the_notes_that_were_there(tmp_path, monkeypatch):

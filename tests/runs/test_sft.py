@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from qwen3_jax.training.journal import read_lines
 from qwen3_jax.tune.lora import merge
 from tests.model.models import QUICK
 from tests.runs.launch import QUICK as FLAGS
+from tests.runs.launch import arrays_of, at_step, finish
 from tools.demo.corpus import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +96,7 @@ TEXT_ENDS, TURN_ENDS = 288, 290  # so few words are in these conversations
 BEGAN_FROM = {"sft": "base", "lora": "runs/sft/exports/step-60"}
 ADAPTER = ["--checkpoint.export", "adapter", "--checkpoint.export_form", "adapter"]
 COMMANDS = [*PREPARE, ["train", "sft.toml"], ["train", "lora.toml"], ["train", "lora.toml", *ADAPTER]]
+ENVIRONMENT = os.environ | {"XLA_FLAGS": FLAGS, "PYTHONPATH": str(ROOT)}
 ALL_IN_ONE = (
     "import json, sys; from qwen3_jax.cli.main import main; sys.exit(any([main(words) for words in json.loads(sys.argv[1])]))"
 )
@@ -117,11 +121,10 @@ def place(tmp_path_factory):
         (place / f"{name}.toml").write_text(text)
         (place / f"{name}.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in TAUGHT[name] * 4))
     before = {path.name: path.read_bytes() for path in (place / "base").iterdir()}
-    env = os.environ | {"XLA_FLAGS": FLAGS, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", ALL_IN_ONE, json.dumps(COMMANDS)],
         cwd=place,
-        env=env,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -181,3 +184,29 @@ def test_adapters_leave_the_base_as_it_was(place):
     assert changed and all("attention" in name or "moe" in name for name in changed)
     told = json.loads((place / "adapter/adapter_config.json").read_text())
     assert told["base_model_name_or_path"] == BEGAN_FROM["lora"]
+
+
+def test_adapters_that_were_killed_midway_are_the_same_to_the_bit(place):
+    """The base is read again, the adapters and their optimizer go on where they were."""
+    # Its steps were compiled for the run that it is held against, and kept.
+    kept = sorted(Path(ENVIRONMENT["XDG_CACHE_HOME"]).glob("qwen3-jax/*/jit_step-*-cache"))
+    words = ["train", "lora.toml", "--name", "killed", "--checkpoint.every", "10"]
+    command = [sys.executable, "-m", "qwen3_jax.cli.main", *words]
+    for step in (35, None):
+        process = subprocess.Popen(
+            command, cwd=place, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        if step is not None:
+            at_step(process, step, signal.SIGKILL)
+        code, out = finish(process)
+        assert code == (0 if step is None else -signal.SIGKILL), out
+    assert kept and kept == sorted(Path(ENVIRONMENT["XDG_CACHE_HOME"]).glob("qwen3-jax/*/jit_step-*-cache"))
+    found = re.search(r"goes on at step (\d+)", out)
+    assert found is not None and int(found[1]) in (20, 30, 40, 50), out
+    one, other = (arrays_of(place, 60, name=name) for name in ("killed", "lora"))
+    assert one.keys() == other.keys() and any("lora" in name.lower() for name in one), sorted(one)[:9]
+    for name, array in one.items():
+        np.testing.assert_array_equal(array, other[name], err_msg=name)
+    curves = [list(read_lines(place / f"runs/{name}/metrics.jsonl")) for name in ("killed", "lora")]
+    assert len(curves[0]) == 60
+    assert [(line["step"], line["loss"]) for line in curves[0]] == [(line["step"], line["loss"]) for line in curves[1]]

@@ -58,6 +58,7 @@ def test_float16_finds_a_scale_and_gives_the_gradient_of_float32():
         for _ in range(40):
             state, metrics = step(state, batch_of(2))
             norms.append(float(metrics["grad_norm"]))
+            assert float(metrics.get("loss_scale", 0)) == (float(state.guard.scale) if dtype == jnp.float16 else 0)
             if np.isfinite(norms[-1]):
                 break
         found[jnp.dtype(dtype)] = norms, float(state.guard.scale), int(state.guard.skipped)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -55,18 +57,20 @@ def step_of(theta):
 class Asked:
     """Told to end before these steps."""
 
-    def __init__(self, *steps):
-        self.steps = list(steps)
+    def __init__(self, *steps, times=1):
+        self.steps, self.times, self.seen = steps, times, []
 
     def asked(self, step):
-        return step in self.steps
+        """Told before one of the steps, when it comes for the so many-th time."""
+        self.seen.append(step)
+        return step in self.steps and self.seen.count(step) == self.times
 
 
 def start():
     return init_train_state(jax.tree.map(jnp.copy, random_model("moe")), OPTIMIZER)
 
 
-def run(folder, *stops, policy=None, spoiled=(), step=step_of, lines=None, trace=None):
+def run(folder, *stops, policy=None, spoiled=(), step=step_of, said=None, trace=None, seconds=None, times=1):
     """One start of the run; its last state, whether it is done, and the data that it opened."""
     opened = []
 
@@ -86,16 +90,19 @@ def run(folder, *stops, policy=None, spoiled=(), step=step_of, lines=None, trace
             state, progress = found.state, Progress(**found.run["progress"])
         journal = Journal(folder / "metrics.jsonl", int(state.step))
         policy = policy or Policy(save_every=4, write_every=1)
-        loop = Loop(stages, policy, checkpoints, journal, about={"name": "test"}, trace=trace)
+        loop = Loop(stages, policy, checkpoints, journal, about={"name": "test"}, said=said, trace=trace)
         try:
-            state, done = loop.run(state, progress, Asked(*stops))
+            state, done = loop.run(state, progress, Asked(*stops, times=times))
         finally:
             journal.close()
+            if seconds is not None:
+                seconds.update(loop.seconds)
     return state, done, opened
 
 
 def curve(folder):
-    return [(line["step"], line["stage"], line["loss"], line["tokens_seen"]) for line in read_lines(folder / "metrics.jsonl")]
+    told = ("step", "stage", "loss", "tokens_seen", "rewound_from")
+    return [tuple(line[name] for name in told if name in line) for line in read_lines(folder / "metrics.jsonl")]
 
 
 def bits(state):
@@ -152,6 +159,16 @@ def test_a_run_that_lost_its_last_steps_makes_them_again(straight, tmp_path):
     assert bits(state) == straight[0] and curve(tmp_path) == straight[1]
 
 
+def test_a_trace_is_of_the_steps_that_were_asked_for(tmp_path):
+    run(tmp_path, 4, policy=Policy(profile=(1, 2)), trace=str(tmp_path / "trace"))
+    (file,) = (tmp_path / "trace").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(file)).planes
+    names = [event.name for plane in planes for line in plane.lines for event in line.events]
+    assert "PjitFunction(step)" in names
+    # One for each step's batch.
+    assert len([name for name in names if name.startswith("$test_loop.py:") and name.endswith(" __next__")]) == 2
+
+
 def test_a_trace_that_cannot_be_written_does_not_end_the_run(straight, tmp_path, caplog):
     state, done, _ = run(tmp_path, policy=Policy(save_every=4, write_every=1, profile=(1, 2)), trace="/proc/none")
     assert done and bits(state) == straight[0]
@@ -178,20 +195,86 @@ def test_a_run_stops_by_itself(tmp_path, policy, said):
         run(tmp_path, policy=policy, spoiled=(2, 3))
 
 
-def test_a_spike_rewinds_the_state_and_not_the_data(tmp_path):
-    """Batch 3 of the second stage raises the loss, as if it were poisoned: the run goes back to the stage's beginning."""
+def poisoned(*places, rows=3):
+    """Steps that raise their loss by 9 on these batches of the second stage, or of the one with so many rows."""
+    bad = [Numbers(rows, {"at": at}).__next__().tokens for at in places]
 
-    def poisoned(theta):
+    def of(theta):
         def step(state, batch):
             state, metrics = step_of(theta)(state, batch)
-            bad = batch.tokens.shape[0] == 3 and (batch.tokens == Numbers(3, {"at": 3}).__next__().tokens).all()
-            return state, metrics | ({"loss": metrics["loss"] + 9} if bad else {})
+            hit = any(batch.tokens.shape == tokens.shape and (batch.tokens == tokens).all() for tokens in bad)
+            return state, metrics | ({"loss": metrics["loss"] + 9} if hit else {})
 
         return step
 
-    state, done, opened = run(tmp_path, policy=Policy(save_every=100, write_every=1, spike=5.0), step=poisoned)
+    return of
+
+
+SPIKE = Policy(save_every=100, write_every=1, spike=5.0, max_rewinds=2)
+
+
+def test_a_spike_rewinds_the_state_and_not_the_data(tmp_path):
+    """Batch 3 of the second stage raises the loss, as if it were poisoned: the run goes back to the stage's beginning."""
+    said, seconds = [], {}
+    state, done, opened = run(tmp_path, policy=SPIKE, step=poisoned(3), said=said.append, seconds=seconds)
     assert done and int(state.step) == 11
     # Step 8 had the bad batch, which was seen once batch 4 was under way; steps 5 to 10 were then made of batches 5 to 10.
     assert opened[1].given == [*range(11), "closed"]
     marks = [line for line in read_lines(tmp_path / "metrics.jsonl") if "rewound_from" in line]
     assert marks == [{"step": 5, "rewound_from": 10}]
+    (line,) = said
+    assert line.startswith("step 8: loss ") and "more than step.spike 5 above its running mean" in line
+    assert line.endswith("back to step 5, past the data since (1 of 2 times)")
+    assert seconds["again"] > 0 and seconds["train"] > 0
+
+
+def test_a_run_that_only_rewinds_ends(tmp_path):
+    said = []
+    with pytest.raises(TrainingError, match="went back 2 times to step 5 without a newer .* it stops by step.max_rewinds"):
+        run(tmp_path, policy=SPIKE, step=poisoned(*range(20)), said=said.append)
+    assert len(said) == 2
+    # Another start knows of them, and of the data that they went past: it does not begin the same again.
+    with pytest.raises(TrainingError, match="step.max_rewinds"):
+        run(tmp_path, policy=SPIKE, step=poisoned(*range(20)), said=said.append)
+    assert len(said) == 2
+    # With their reason gone it goes on, past that data.
+    _, done, opened = run(tmp_path, policy=SPIKE)
+    assert done and opened[0].given[0] == 4
+
+
+@pytest.mark.parametrize("stop, times", [(5, 2), (8, 2), (9, 1)])
+def test_a_start_after_a_rewind_goes_on_beyond(tmp_path, stop, times):
+    """Told to end at the very step it went back to, on the way from there, and while the spike has not been looked at yet."""
+    _, done, first = run(tmp_path, stop, times=times, policy=SPIKE, step=poisoned(3))
+    assert not done
+    state, done, second = run(tmp_path, policy=SPIKE, step=poisoned(3))
+    assert done and int(state.step) == 11
+    made = 11 if times == 2 else 10  # the one that was told early has not made batch 4 for nothing
+    assert [batch for batch in (*first[1].given, *second[0].given) if batch != "closed"] == list(range(made))
+    # The same again without a stop: to the bit, and its lines too.
+    straight, done, _ = run(tmp_path / "straight", policy=SPIKE, step=poisoned(3))
+    if times == 2:
+        assert bits(state) == bits(straight) and curve(tmp_path) == curve(tmp_path / "straight")
+
+
+def test_a_rewind_past_a_stage_s_beginning_makes_that_stage_s_steps_again(tmp_path, straight):
+    """The newest checkpoint, of the second stage's beginning, cannot be read when the loss rises: step 4's is gone back to."""
+
+    def damages(theta):
+        bad = poisoned(0)(theta)
+
+        def step(state, batch):
+            if int(state.step) == 5 and not said:
+                while not (saved := tmp_path / "checkpoints/5/state").exists():  # it is written meanwhile
+                    time.sleep(0.01)
+                shutil.rmtree(saved)
+            return bad(state, batch)
+
+        return step
+
+    said = []
+    policy = dataclasses.replace(SPIKE, save_every=4)
+    state, done, opened = run(tmp_path, policy=policy, step=damages, said=said.append)
+    assert done and int(state.step) == 11
+    assert [line.partition(":")[0] for line in said] == ["checkpoint 5 cannot be read", "step 5", "step 5"]
+    assert [numbers.given[0] for numbers in opened] == [0, 0, 4, 0]

@@ -1,0 +1,39 @@
+"""One of two processes: told to end before it has asked, in a run that goes on at step 60.
+
+Arguments: a folder of its own for compiled programs, and one that both share.
+"""
+
+import os
+import signal
+import sys
+import time
+
+import jax
+
+from qwen3_jax.compilation import share_compilation_cache, use_compilation_cache
+from qwen3_jax.parallel.processes import initialize
+from qwen3_jax.training.stopping import Stopping
+
+
+def main() -> None:
+    """What tests/training/test_stopping.py reads."""
+    own, shared = sys.argv[1:]
+    use_compilation_cache(own)
+    processes = initialize(mesh="data=-1")
+    print("own", share_compilation_cache(), jax.config.jax_compilation_cache_dir, flush=True)
+    place = use_compilation_cache(shared)
+    print("shared", share_compilation_cache(), jax.config.jax_compilation_cache_dir == str(place), flush=True)
+    with Stopping() as stopping:
+        if processes.id == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        asked = []
+        for step in range(60, 64):
+            asked.append(stopping.asked(step))
+            if asked[-1]:
+                break
+    print("asked", asked[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()
