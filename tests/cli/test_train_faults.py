@@ -16,6 +16,7 @@ from qwen3_jax.data.files import DataError
 from qwen3_jax.runs import train
 from qwen3_jax.runs.export import ExportError
 from qwen3_jax.runs.toml import RunError
+from qwen3_jax.runs.train import Ended
 from qwen3_jax.training.checkpoints import OtherRunError, TrainingCheckpointError
 from qwen3_jax.training.loop import TrainingError
 
@@ -95,10 +96,12 @@ def test_steps_that_are_left_out_are_said(monkeypatch, capsys):
         for step in range(12):
             told(step, figures(step, step + 1, step + 1, loss_scale=2.0 ** (30 - step - 1)))
         told(12, figures(12, 0, 12, loss_scale=2.0**18))
+        return Ended(13, True, {})
 
     def every_other(run, told, said):
         for step in range(2000):
             told(step, figures(step, step % 2, (step + 1) // 2))
+        return Ended(2000, True, {})
 
     words = ["train", str(DEMO), "--no-compilation-cache", "--watch.every", "100000"]
     monkeypatch.setattr(train, "train", overflows)
@@ -119,6 +122,6 @@ def test_steps_that_are_left_out_are_said(monkeypatch, capsys):
 def test_programs_are_kept_unless_the_user_says_no(monkeypatch, words, kept):
     told = []
     monkeypatch.setattr(programs, "keep_programs", told.append)
-    monkeypatch.setattr(train, "train", lambda *given: None)
+    monkeypatch.setattr(train, "train", lambda *given: Ended(1, True, {}))
     assert main(["train", str(DEMO), *words]) == 0
     assert told == [kept]
