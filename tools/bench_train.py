@@ -10,12 +10,13 @@ each other, above 1 where this package is faster. transformers computes by its f
 import dataclasses
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 
@@ -41,8 +42,8 @@ class Options:
     """Of a turn."""
     threads: int = 2
     """Of either; with 1, ours is bound to one processor."""
-    peer_keeps: bool = False
-    """transformers' process keeps the memory that it frees, as ours does (qwen3_jax.host_memory), by glibc's variables."""
+    keeps: Literal["ours", "both", "neither"] = "ours"
+    """Whose process keeps the memory that it frees (qwen3_jax.host_memory); transformers' does by glibc's variables."""
     compile: bool = False
     """transformers' model under torch.compile."""
 
@@ -64,7 +65,8 @@ def ours(given: dict) -> tuple[Callable[[int], None], str]:
     import qwen3_jax
     from qwen3_jax.host_memory import keep_freed_memory
 
-    keep_freed_memory()
+    if given["keeps"] != "neither":
+        keep_freed_memory()
     config = qwen3_jax.Qwen3Config.from_hf(given["config"])
     optimizer = qwen3_jax.adamw(1e-4)
     model = jax.jit(lambda: qwen3_jax.Qwen3(config, rngs=nnx.Rngs(0), dtype=jnp.float32))()
@@ -143,9 +145,15 @@ def serve(which: str, given: dict) -> None:
     run, told = (ours if which == "ours" else torchs)(given)
     print(json.dumps(told), file=out, flush=True)
     for line in sys.stdin:
-        begin, used = time.perf_counter(), time.process_time()
+        begin, used, faults = time.perf_counter(), time.process_time(), page_faults()
         run(int(line))
-        print(json.dumps((time.perf_counter() - begin, time.process_time() - used)), file=out, flush=True)
+        found = time.perf_counter() - begin, time.process_time() - used, page_faults() - faults
+        print(json.dumps(found), file=out, flush=True)
+
+
+def page_faults() -> int:
+    """Pages that the kernel has made for this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +174,8 @@ class Worker:
         )
         return Worker(process, _answer(process))
 
-    def turn(self, steps: int) -> tuple[float, float]:
-        """Seconds of so many steps, and processor seconds."""
+    def turn(self, steps: int) -> tuple[float, float, float]:
+        """Seconds of so many steps, processor seconds, and page faults."""
         given: IO[str] | None = self.process.stdin
         assert given is not None
         print(steps, file=given, flush=True)
@@ -203,7 +211,7 @@ def main(options: Options) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=140, highlight=False)
+    console = Console(width=170, highlight=False)
     names = (
         "model",
         "ours, s a step",
@@ -211,21 +219,23 @@ def main(options: Options) -> None:
         "ratio",
         "its quarters",
         "of processor seconds",
+        "ours, page faults",
+        "transformers'",
         "tokens/s",
         "load before, after",
     )
     table = Table(*names, title=f"a step of {options.rows} x {options.length} tokens, medians of {options.rounds} turns")
     for name in options.models:
         given = dict(config=shape_of(name), rows=options.rows, length=options.length)
-        given |= dict(threads=options.threads, compile=options.compile)
-        more = KEEPS if options.peer_keeps else {}
+        given |= dict(threads=options.threads, compile=options.compile, keeps=options.keeps)
+        more = KEEPS if options.keeps == "both" else {}
         workers = [Worker.start(options.peer_python, "torch", given, more), Worker.start(sys.executable, "ours", given, {})]
         console.print(f"{name}: {workers[0].told}")
         before = os.getloadavg()[0]
-        seconds, used = np.zeros((2, options.rounds, 2))
+        seconds, used, faults = np.zeros((3, options.rounds, 2))
         for turn in range(options.rounds):
             for which in (0, 1) if turn % 2 else (1, 0):
-                seconds[turn, which], used[turn, which] = workers[which].turn(options.steps)
+                seconds[turn, which], used[turn, which], faults[turn, which] = workers[which].turn(options.steps)
         for worker in workers:
             worker.end()
         theirs, mine = np.median(seconds, axis=0) / options.steps
@@ -233,6 +243,7 @@ def main(options: Options) -> None:
         cells = [f"{mine:.3f}", f"{theirs:.3f}", f"{middle:.2f}", f"{low:.2f} - {high:.2f}"]
         cells += [
             f"{np.median(used[:, 0] / used[:, 1]):.2f}",
+            *(f"{count:,.0f}" for count in np.median(faults[:, ::-1], axis=0) / options.steps),
             f"{options.rows * options.length / mine:,.0f}",
             f"{before:.1f}, {os.getloadavg()[0]:.1f}",
         ]
