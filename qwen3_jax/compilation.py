@@ -117,11 +117,11 @@ def share_compilation_cache() -> bool:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    from qwen3_jax.checkpoint.together import Team
+    from qwen3_jax.checkpoint.together import all_processes
 
     if jax.process_count() == 1:
         return True
-    team, given = Team(jax.process_count(), jax.process_index()), jax.config.jax_compilation_cache_dir or ""
+    team, given = all_processes(), jax.config.jax_compilation_cache_dir or ""
     name = f"{SHARED}-{team.texts(secrets.token_hex(8))[0]}"
     mark = Path(given) / name
     local = bool(given) and "://" not in given

@@ -5,12 +5,12 @@ to the kernel at once, so that every training step has all its pages made and ze
 """
 
 import ctypes
-import importlib.metadata
+import importlib.util
 import os
 
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-_ACCELERATORS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin")
+_ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")  # modules of jax's plugins
 
 
 def keep_freed_memory() -> bool:
@@ -37,12 +37,5 @@ def keep_freed_memory_on_cpu() -> bool:
         Whether it is so.
     """
     named = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
-    return (named == "cpu" or (not named and not any(map(_installed, _ACCELERATORS)))) and keep_freed_memory()
-
-
-def _installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    on_cpu = named == "cpu" or (not named and not any(map(importlib.util.find_spec, _ACCELERATORS)))
+    return on_cpu and keep_freed_memory()

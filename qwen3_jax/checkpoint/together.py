@@ -83,6 +83,11 @@ class Team:
         return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
+def all_processes() -> Team:
+    """All processes that jax knows."""
+    return Team(jax.process_count(), jax.process_index())
+
+
 def team_of(mesh: Mesh | None) -> Team:
     """The processes whose devices make a mesh.
 
@@ -99,4 +104,4 @@ def team_of(mesh: Mesh | None) -> Team:
         raise CheckpointError(
             f"a mesh over {len(there)} of {jax.process_count()} processes: accepted is one over all of them, or over this one"
         )
-    return Team(jax.process_count(), jax.process_index())
+    return all_processes()

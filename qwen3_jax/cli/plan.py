@@ -5,15 +5,12 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import tyro
 
 from qwen3_jax.planning.efficiency import Efficiency
 from qwen3_jax.planning.topology import COMPILE_ONLY, parse_topology
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 OF_A_RUN = ("stage", "layers")  # options of a run's file alone
 OF_BOTH = ("topology", "time-limit", "json")
@@ -96,10 +93,12 @@ def _plan_run(options: Options, given: Sequence[str]) -> int:
 
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    from qwen3_jax.cli.text import table_console
     from qwen3_jax.planning.plan import write_whole
+    from qwen3_jax.planning.table import WIDEST
     from qwen3_jax.runs.compiled import compile_run, record, step_table
 
-    console = _console()
+    console = table_console(WIDEST)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
@@ -120,16 +119,6 @@ def _plan_run(options: Options, given: Sequence[str]) -> int:
     return 0 if all(compiled.fits(step) for step in compiled.steps) else 1
 
 
-def _console() -> "Console":
-    from rich.console import Console
-
-    from qwen3_jax.planning.table import WIDEST
-
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.width = max(console.width, WIDEST)  # rows that a narrow terminal breaks are better than figures cut off
-    return console
-
-
 def _plan_model(options: Options, given: Sequence[str]) -> int:
     if others := [name for name in given if name in OF_A_RUN]:
         raise ValueError(f"--{others[0]} is of a run's file, and {options.model} is a model: accepted is RUN.toml with it")
@@ -142,17 +131,18 @@ def _plan_model(options: Options, given: Sequence[str]) -> int:
 
     from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    from qwen3_jax.cli.text import table_console
     from qwen3_jax.config import Qwen3Config
     from qwen3_jax.planning.job import Job
     from qwen3_jax.planning.page import page
     from qwen3_jax.planning.plan import make_plan, record, write_whole
-    from qwen3_jax.planning.table import show_estimates, show_plan
+    from qwen3_jax.planning.table import WIDEST, show_estimates, show_plan
 
     folder = Path(options.model)
     config = Qwen3Config.from_hf(folder) if folder.is_dir() else Qwen3Config.preset(options.model)
     work = (options.mode, batch, seq, options.remat, options.rank, options.base, options.adapter_dtype)
     job = Job(config, *work)
-    console = _console()
+    console = table_console(WIDEST)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("compiling", total=None)

@@ -20,6 +20,17 @@ def make_console() -> Console:
     return Console(highlight=False)
 
 
+def table_console(widest: int) -> Console:
+    """The console of a command that prints tables: rows that a narrow terminal breaks are better than figures cut off.
+
+    Args:
+        widest: letters in a row of the widest table.
+    """
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.width = max(console.width, widest)
+    return console
+
+
 def write(console: Console, text: str, dim: bool = False) -> None:
     """Write a text as it is. rich would read markup and emoji in it, spread its tabs and drop its control characters.
 

@@ -8,10 +8,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 from etils import epath
 
-from qwen3_jax.checkpoint.together import Team
+from qwen3_jax.checkpoint.together import all_processes
 from qwen3_jax.runs.schema import Run
 from qwen3_jax.runs.toml import RunError
 
@@ -64,11 +63,13 @@ def check_shared(run: Run) -> None:
         OSError: process 0 cannot write to a folder.
         ValueError: the same of another process, by its index.
     """
-    team, folder = Team(jax.process_count(), jax.process_index()), checkpoint_folder(run)
-    folders = [folder] if team.size > 1 or "://" in str(folder) else []
+    team, folder = all_processes(), checkpoint_folder(run)
+    folders = []  # each with the key that names it
+    if team.size > 1 or "://" in str(folder):
+        folders.append((folder, "output" if run.checkpoint.folder is None else "checkpoint.folder"))
     if team.size > 1 and run.checkpoint.export_every is not None:
-        folders.append(epath.Path(run_folder(run)))
-    for folder in folders:
+        folders.append((epath.Path(run_folder(run)), "output"))
+    for folder, key in folders:
         file = folder / f".seen-by-all-{secrets.token_hex(8)}"
         with team.agreed(), _store_errors(folder):
             if team.leads:
@@ -83,7 +84,6 @@ def check_shared(run: Run) -> None:
                 file.unlink()
         found = [f"process {index} on {host}" for index, host in enumerate(blind) if host]
         if found:
-            key = "output" if run.checkpoint.folder is None else "checkpoint.folder"
             raise RunError(
                 f"{folder}: what process 0 writes there is not seen by {', '.join(found[:8])}"
                 f"{f' and {len(found) - 8} more' if len(found) > 8 else ''}: accepted as {key} is a folder that all hosts share"

@@ -169,8 +169,8 @@ def _carry_out(
                     journal.close()  # last, for boards may be slow, and whoever told the run to end may kill it meanwhile
             except OSError as error:  # a disk that is full has ended the run already, and that is what is to be told
                 said(f"the figures' end, the report, or this start's line in it, cannot be written: {error}")
-        how = "done" if done else "told to end before this start's first step, with nothing to save," if early else ""
-        said(f"{how or 'told to end: saved'} at step {step:,} of {loop.steps:,}")
+        how = "told to end before this start's first step, with nothing to save," if early else "told to end: saved"
+        said(f"{'done' if done else how} at step {step:,} of {loop.steps:,}")
     said(f"seconds of this start: {'  '.join(f'{name} {value:.1f}' for name, value in seconds.items())}")
     return Ended(step, done, seconds)
 
@@ -366,6 +366,6 @@ def _everybodys(state: dict[str, Any]) -> list[dict[str, Any]]:
     """What every process says, as JSON."""
     if jax.process_count() == 1:
         return [state]
-    from qwen3_jax.checkpoint.together import Team
+    from qwen3_jax.checkpoint.together import all_processes
 
-    return [json.loads(text) for text in Team(jax.process_count(), jax.process_index()).texts(json.dumps(state))]
+    return [json.loads(text) for text in all_processes().texts(json.dumps(state))]

@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from qwen3_jax.checkpoint.together import Team
+from qwen3_jax.checkpoint.together import all_processes
 from qwen3_jax.parallel.mesh import on_mesh_of
 from qwen3_jax.training.files import write_whole
 
@@ -166,7 +166,7 @@ class Checkpoints:
         """
         passed_over: dict[int, str] = {}
         wanted = named_arrays(like)
-        team = Team(jax.process_count(), jax.process_index())
+        team = all_processes()
         for step in reversed(self.steps()):
             self._check_names(step, wanted)
             restore_args = jax.tree.map(

@@ -118,7 +118,10 @@ def test_what_the_kernel_has_no_room_for_is_warned_of_on_a_tpu(monkeypatch):
 def test_scales_have_no_derivative():
     codes, scales = quantize(jnp.ones((4, 64)), "nf4", block=16)
     x = jnp.ones((2, 64))
-    run = lambda x, scales: (x @ dequantize(codes, scales, "nf4", jnp.float32).T).sum()  # noqa: E731
+
+    def run(x, scales):
+        return (x @ dequantize(codes, scales, "nf4", jnp.float32).T).sum()
+
     np.testing.assert_array_equal(jax.jit(jax.grad(run))(x, scales), np.full((2, 64), 4.0))
     with pytest.raises(ValueError, match="dequantize: scales are differentiated, and they are frozen as their codes are; acc"):
         jax.jit(jax.grad(run, argnums=1))(x, scales)
