@@ -60,6 +60,16 @@ class Restored:
     passed_over: dict[int, str]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, that leaves it to the run's loop to ask whether the run has been told to end."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never: `save` and its thread ask jax's service by the steps they save, and the service takes the last number that it
+        was given for where the loop stands. Behind the loop, it names an end that the loop has passed (stopping.py)."""
+        del step
+        return False
+
+
 class Checkpoints:
     """The checkpoints of a run, in a folder of their own. Close them, or use them as a context."""
 
@@ -85,7 +95,7 @@ class Checkpoints:
         self._damaged: set[int] = set()
         self._writing: int | None = None
         handlers = {"state": _patient(ocp.PyTreeCheckpointHandler()), "run": _patient(ocp.JsonCheckpointHandler())}
-        self._manager = ocp.CheckpointManager(place, options=options, item_handlers=handlers)
+        self._manager = _Manager(place, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """The steps of all that are whole, ascending."""

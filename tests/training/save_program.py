@@ -3,14 +3,15 @@
     python -m tests.training.save_program FOLDER
 
 First they look for a file of process 0, in folders that they do not share and in one that they do. Of the second checkpoint
-what process 1 has written is cut off; both restore. Then process 1's save of it fails once it is under way, as a disk that is
-full makes it fail.
+what process 1 has written is cut off; both restore. Process 1 is told to end between two steps, later ones than those saved.
+Then its save of the second checkpoint fails once it is under way, as a disk that is full makes it fail.
 """
 
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from qwen3_jax.runs.toml import RunError
 from qwen3_jax.training.checkpoints import Checkpoints, TrainingCheckpointError
 from qwen3_jax.training.guard import Guard
 from qwen3_jax.training.state import TrainState
+from qwen3_jax.training.stopping import Stopping
 
 
 class Full:
@@ -67,7 +69,8 @@ def main() -> int:
         except RunError as error:
             print(f"apart {error}", flush=True)
     try:
-        with Checkpoints(sys.argv[1]) as checkpoints:
+        with Checkpoints(sys.argv[1]) as checkpoints, Stopping() as stopping:
+            early = [stopping.asked(step) for step in range(10)]
             checkpoints.save(1, state, {})
             checkpoints.save(2, state, {})
             checkpoints.wait()
@@ -78,6 +81,10 @@ def main() -> int:
             found = checkpoints.restore(state)
             assert found is not None
             print("restored", json.dumps([found.step, found.passed_over]), flush=True)
+            if processes.id == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(3)  # jax looks once a second
+            print("told", early.count(True), stopping.asked(10), flush=True)
             if processes.id == 1:
                 fail()
             for step in (2, 3, 4):

@@ -1,4 +1,7 @@
-"""Two real processes, one of which cannot read a checkpoint, and then not write it: both go on from one step, and both end."""
+"""Two real processes, one of which cannot read a checkpoint, and then not write it: both go on from one step, and both end.
+
+Between the two a signal reaches both.
+"""
 
 import json
 import re
@@ -28,6 +31,8 @@ def test_what_one_of_two_processes_cannot_read_or_write(tmp_path):
         assert restored[0] == restored[1]
         step, passed_over = restored[0]
         assert step == 1 and list(passed_over) == ["2"] and passed_over["2"].startswith("process 1 of 2: "), restored
+        for process in (first, second):  # saves ask about a signal, too, by numbers of their own
+            assert process.read_until("told") == "told 0 True"
         told = second.read_until("refused")
         since = time.monotonic()
         assert (first.end(), second.end()) == (1, 1)
