@@ -1,8 +1,8 @@
 """Tell a run of two processes to end by SIGTERM to one of them or to both, and hold what follows against a run without a stop.
 
-    python -m tools.end_runs [--steps 48] [--folder FOLDER]
+    python -m tools.end_runs [--steps 96] [--folder FOLDER]
 
-Told in a step, while it compiles, and while it writes an export: both processes have to save at the same step and exit with
+Told in a step, while it compiles, while it saves, and while it writes an export: both processes have to save at the same step and exit with
 code 0. The run is started again after each, until it is done. Exit code 1 where anything differs.
 """
 
@@ -21,15 +21,16 @@ from tools.run_to_kill import NAME, write_run
 from tools.start_runs import Aim, Fault, Start, carried_out, name_of, start
 
 EXPORT_EVERY = 5
-TOLD = [(place, killed) for place in ("step.running", "compile.running", "export.told") for killed in ((0,), (1,), (0, 1))]
+PLACES = ("step.running", "compile.running", "save.told", "export.told")
+TOLD = [(place, killed) for place in PLACES for killed in ((0,), (1,), (0, 1))]
 
 
 @dataclasses.dataclass
 class Options:
     """What is run."""
 
-    steps: int = 48
-    """Of the run; it is told to end nine times in them."""
+    steps: int = 96
+    """Of the run; it is told to end twelve times in them."""
     folder: Path | None = None
     """Where runs and logs go, made anew; None: a temporary one, removed at the end."""
     seed: int = 0
@@ -90,6 +91,8 @@ def run(place: Path, options: Options, console: Console) -> int:
         if not found.of("at") or resumed != ({newest} if newest else set()):
             raise Fault(f"told to end at {at}: gone on from {resumed}, and the newest was {newest}: see {ended}/said.txt")
         newest = ended_well(found, ended, f"told to end at {at}")
+        if newest == options.steps:
+            raise Fault(f"told to end at {at}: the run went on to its last step: see {ended}/said.txt")
         console.print(
             f"{at:16} SIGTERM to {' and '.join(map(str, killed))}: told in step {found.of('at')[0]['step']}, saved after "
             f"{newest} steps, both ended {found.survived:.2f} s after the signal with code 0"

@@ -124,6 +124,7 @@ def _saves(phases: Phases) -> None:
 
     async def serialize_in_phases(self: Any, values: Any, infos: Any, args: Any = None) -> Any:
         written.clear()
+        phases.met("save.told")  # and goes on, for tools/end_runs.py
         if phases.wants("save.begun"):
             await infos[0].await_path_creation()
             phases.stop("save.begun")

@@ -64,8 +64,11 @@ class _Manager(ocp.CheckpointManager):
     """Orbax's, that leaves it to the run's loop to ask whether the run has been told to end."""
 
     def reached_preemption(self, step: int) -> bool:
-        """Never: `save` and its thread ask jax's service by the steps they save, and the service takes the last number that it
-        was given for where the loop stands. Behind the loop, it names an end that the loop has passed (stopping.py)."""
+        """Never.
+
+        `save` and its thread would ask jax's service by the steps they save, and the service takes the last number it was given
+        for where the loop stands: behind it, it names an end that the loop has passed (stopping.py).
+        """
         del step
         return False
 
