@@ -2,8 +2,8 @@
 
     python -m tools.end_runs [--steps 96] [--folder FOLDER]
 
-Told in a step, while it compiles, while it saves, and while it writes an export: both processes have to save at the same step and exit with
-code 0. The run is started again after each, until it is done. Exit code 1 where anything differs.
+Told in a step, while it compiles, while it saves, and while it writes an export: both processes have to save at the same step
+and exit with code 0. The run is started again after each, until it is done. Exit code 1 where anything differs.
 """
 
 import dataclasses
