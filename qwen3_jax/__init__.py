@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qwen3_jax.generation.score import score as score
     from qwen3_jax.model.abstract import abstract_model as abstract_model
     from qwen3_jax.model.transformer import Qwen3 as Qwen3
+    from qwen3_jax.parallel.batches import Batch as Batch
     from qwen3_jax.parallel.batches import global_batch as global_batch
     from qwen3_jax.parallel.batches import process_rows as process_rows
     from qwen3_jax.parallel.mesh import make_mesh as make_mesh
@@ -28,13 +29,12 @@ if TYPE_CHECKING:
     from qwen3_jax.training.losses import cross_entropy as cross_entropy
     from qwen3_jax.training.losses import load_balancing_loss as load_balancing_loss
     from qwen3_jax.training.optimizer import adamw as adamw
-    from qwen3_jax.training.state import Batch as Batch
     from qwen3_jax.training.state import TrainState as TrainState
     from qwen3_jax.training.state import init_train_state as init_train_state
     from qwen3_jax.training.step import make_train_step as make_train_step
 
 _HOMES = {
-    "Batch": "training.state",
+    "Batch": "parallel.batches",
     "Chat": "chat.session",
     "Generated": "generation.loop",
     "Qwen3": "model.transformer",

@@ -77,10 +77,11 @@ def pair(config: Any, given: argparse.Namespace, mesh: Any, dtype: Any, param_dt
     from jax.sharding import NamedSharding
 
     from qwen3_jax.model.abstract import abstract_model
+    from qwen3_jax.parallel.batches import Batch
     from qwen3_jax.parallel.rules import TRAIN_RULES
     from qwen3_jax.training.objective import Objective, gradient
     from qwen3_jax.training.optimizer import adamw
-    from qwen3_jax.training.state import Batch, abstract_train_state
+    from qwen3_jax.training.state import abstract_train_state
     from qwen3_jax.training.step import make_train_step
     from qwen3_jax.tune.lora import LoraConfig
     from qwen3_jax.tune.quantize import quantize

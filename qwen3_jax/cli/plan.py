@@ -94,9 +94,9 @@ def _plan_run(options: Options, given: Sequence[str]) -> int:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from qwen3_jax.cli.text import table_console
-    from qwen3_jax.planning.plan import write_whole
     from qwen3_jax.planning.table import WIDEST
     from qwen3_jax.runs.compiled import compile_run, record, step_table
+    from qwen3_jax.whole_files import write_whole
 
     console = table_console(WIDEST)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -135,8 +135,9 @@ def _plan_model(options: Options, given: Sequence[str]) -> int:
     from qwen3_jax.config import Qwen3Config
     from qwen3_jax.planning.job import Job
     from qwen3_jax.planning.page import page
-    from qwen3_jax.planning.plan import make_plan, record, write_whole
+    from qwen3_jax.planning.plan import make_plan, record
     from qwen3_jax.planning.table import WIDEST, show_estimates, show_plan
+    from qwen3_jax.whole_files import write_whole
 
     folder = Path(options.model)
     config = Qwen3Config.from_hf(folder) if folder.is_dir() else Qwen3Config.preset(options.model)

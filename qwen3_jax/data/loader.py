@@ -185,7 +185,7 @@ class Loader(Iterator[Any]):
         Raises:
             DataError: a damaged file; from then on always. `state` is still that of the last batch given.
         """
-        from qwen3_jax.training.step import Batch
+        from qwen3_jax.parallel.batches import Batch
 
         if self._failed is not None:
             raise self._failed  # the plan has gone on, so the next batch would not be the next one

@@ -1,4 +1,7 @@
-"""Batches over many processes: which rows each one reads, and how they become arrays of the mesh."""
+"""A batch; and batches over many processes: which rows each one reads, and how they become arrays of the mesh."""
+
+import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -6,6 +9,24 @@ from jax.sharding import Mesh, NamedSharding
 
 from qwen3_jax.parallel.fit import check_batch
 from qwen3_jax.parallel.rules import RULES, Rules
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One batch of rows, each a document or several packed ones.
+
+    Attributes:
+        tokens: [B, T] int32.
+        labels: [B, T] int32, the word that follows each token.
+        mask: [B, T], weight of each label in the loss; 0 leaves it out.
+        segment_ids: [B, T] int32, the document of each token, 0 padding; None: each row is one document.
+    """
+
+    tokens: Any
+    labels: Any
+    mask: Any
+    segment_ids: Any = None
 
 
 def process_rows(mesh: Mesh, rows: int, rules: Rules = RULES) -> np.ndarray:

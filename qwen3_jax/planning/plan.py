@@ -1,10 +1,7 @@
 """A plan: the meshes of a job, the best few of them compiled, and what comes of it as a record for programs."""
 
 import dataclasses
-import os
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from qwen3_jax.planning.candidates import Candidate, candidates
@@ -152,29 +149,3 @@ def _candidate(plan: Plan, row: Row) -> dict[str, Any]:
         },
         "assumptions": assumptions(plan.job, plan.topology, plan.efficiency, row),
     }
-
-
-def write_whole(path: str | Path, text: str) -> None:
-    """Write a file whole or not at all: beside its place, then renamed.
-
-    Args:
-        path: the file; what is there is replaced.
-        text: its content.
-    """
-    path = Path(path)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as part:
-        try:
-            part.write(text)
-            part.flush()
-            os.fsync(part.fileno())
-            os.chmod(part.name, 0o666 & ~_umask())
-            os.replace(part.name, path)
-        except BaseException:
-            os.unlink(part.name)
-            raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -12,10 +12,11 @@ from qwen3_jax.generation.cache import init_cache
 from qwen3_jax.model.abstract import abstract_model
 from qwen3_jax.model.cache import Cache
 from qwen3_jax.model.transformer import Qwen3
+from qwen3_jax.parallel.batches import Batch
 from qwen3_jax.parallel.rules import RULES, Rules
 from qwen3_jax.planning.job import Job
 from qwen3_jax.training.optimizer import adamw
-from qwen3_jax.training.state import Batch, abstract_train_state
+from qwen3_jax.training.state import abstract_train_state
 from qwen3_jax.training.step import make_train_step
 from qwen3_jax.tune.lora import LoraConfig
 

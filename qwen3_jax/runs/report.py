@@ -11,8 +11,8 @@ import numpy as np
 
 from qwen3_jax.pages import STYLE, cells, heat, lines, said
 from qwen3_jax.runs.schema import Run
-from qwen3_jax.training.files import write_whole
 from qwen3_jax.training.journal import read_lines
+from qwen3_jax.whole_files import write_whole
 
 KINDS = ("start", "compile", "train", "data", "save", "look", "restore", "again")
 MEANINGS = (

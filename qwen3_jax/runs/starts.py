@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_jax.runs.report import without_rewound
-from qwen3_jax.training.files import write_whole
 from qwen3_jax.training.journal import read_lines
+from qwen3_jax.whole_files import write_whole
 
 
 class Starts:

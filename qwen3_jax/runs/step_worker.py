@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from qwen3_jax.parallel.batches import Batch
 from qwen3_jax.parallel.mesh import make_mesh
 from qwen3_jax.planning.program import memory_of_failure
 from qwen3_jax.planning.topology import devices_of, parse_topology
@@ -19,7 +20,7 @@ from qwen3_jax.runs.models import model_config
 from qwen3_jax.runs.parts import lora_config, optimizer_of, rules_of, stage_step
 from qwen3_jax.runs.resolve import resolve
 from qwen3_jax.runs.schema import Run
-from qwen3_jax.training.state import Batch, TrainState, abstract_train_state
+from qwen3_jax.training.state import TrainState, abstract_train_state
 
 
 def abstract_state(run: Run, mesh: Mesh) -> TrainState:

@@ -23,7 +23,7 @@ from etils import epath
 
 from qwen3_jax.checkpoint.together import all_processes
 from qwen3_jax.parallel.mesh import on_mesh_of
-from qwen3_jax.training.files import write_whole
+from qwen3_jax.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 

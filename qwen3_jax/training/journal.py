@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_jax.training.files import named, write_all, write_whole
 from qwen3_jax.training.sinks import Board
+from qwen3_jax.whole_files import named, write_all, write_whole
 
 
 class Journal:

@@ -55,7 +55,7 @@ def gradient(
         objective: the weights.
         run: parameters and rows to the model's Output, with its losses.
         params: what is differentiated.
-        batch: the rows (qwen3_jax.training.step.Batch), a multiple of `parts` of them.
+        batch: the rows (qwen3_jax.parallel.batches.Batch), a multiple of `parts` of them.
         scale: what the loss is multiplied by before, and the gradient divided by after.
 
     Returns:

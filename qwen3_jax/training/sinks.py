@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from qwen3_jax.checks import ConfigError
-from qwen3_jax.training.files import named, write_all, write_whole
+from qwen3_jax.whole_files import named, write_all, write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What a step of training reads and writes: parameters, the optimizer's state, what is remembered of bad steps; and a batch."""
+"""What a step of training reads and writes: parameters, the optimizer's state, what is remembered of bad steps."""
 
 import dataclasses
 import functools
@@ -42,24 +42,6 @@ class TrainState:
     opt_state: Any
     guard: Guard
     frozen: Any = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """One batch of rows, each a document or several packed ones.
-
-    Attributes:
-        tokens: [B, T] int32.
-        labels: [B, T] int32, the word that follows each token.
-        mask: [B, T], weight of each label in the loss; 0 leaves it out.
-        segment_ids: [B, T] int32, the document of each token, 0 padding; None: each row is one document.
-    """
-
-    tokens: Any
-    labels: Any
-    mask: Any
-    segment_ids: Any = None
 
 
 def init_train_state(

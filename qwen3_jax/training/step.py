@@ -13,13 +13,14 @@ from jax.typing import DTypeLike
 
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.transformer import Output
+from qwen3_jax.parallel.batches import Batch
 from qwen3_jax.parallel.mesh import on_mesh_of
 from qwen3_jax.parallel.rules import RULES, Rules
 from qwen3_jax.training.guard import all_finite, chosen
 from qwen3_jax.training.objective import BalanceOver, Objective, gradient
 from qwen3_jax.training.offload import OnHost, fetched, put_back
 from qwen3_jax.training.router import router_metrics
-from qwen3_jax.training.state import Adapt, Batch, TrainState, graph_for, parts_of
+from qwen3_jax.training.state import Adapt, TrainState, graph_for, parts_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,11 +13,12 @@ from qwen3_jax.planning.candidates import Named, estimated
 from qwen3_jax.planning.compile import Outcome
 from qwen3_jax.planning.efficiency import Efficiency
 from qwen3_jax.planning.page import chart, page
-from qwen3_jax.planning.plan import Plan, record, write_whole
+from qwen3_jax.planning.plan import Plan, record
 from qwen3_jax.planning.program import Collective, Program
 from qwen3_jax.planning.rank import assumptions, ranked
 from qwen3_jax.planning.roofline import step_time
 from qwen3_jax.planning.table import show_plan
+from qwen3_jax.whole_files import write_whole
 from tests.planning.jobs import job, mesh_on
 
 SURE = Efficiency(flops=0.5, hbm=0.5, links=0.5)

@@ -8,7 +8,7 @@ from qwen3_jax.training.journal import read_lines
 PROGRAM = """
 import resource, sys
 from pathlib import Path
-from qwen3_jax.training.files import write_whole
+from qwen3_jax.whole_files import write_whole
 from qwen3_jax.training.journal import Journal
 
 place = Path(sys.argv[1])

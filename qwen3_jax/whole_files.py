@@ -1,4 +1,4 @@
-"""A run's small files: whole or not at all, and with their names in what is said of a full disk."""
+"""Small files that commands write: whole or not at all, and with their names in what is said of a full disk."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
     """Write a file whole or not at all, whenever this process or its machine stops: beside it first, then in its place.
 
     Args:
@@ -17,6 +17,7 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: no room, no rights; the file is as it was.
     """
+    path = Path(path)
     part = path.with_name(f"{path.name}.part")
     try:
         with named(part):
@@ -27,7 +28,7 @@ def write_whole(path: Path, text: str) -> None:
             finally:
                 os.close(handle)
         os.replace(part, path)
-    except OSError:
+    except BaseException:
         part.unlink(missing_ok=True)
         raise
 
