@@ -42,7 +42,8 @@ def grouped_matmul(
 
     Args:
         lhs: rows sorted by group.
-        rhs: [G, k, n] or a stack [L, G, k, n]; with transpose_rhs [G, n, k] or [L, G, n, k]. A layer of a stack is copied.
+        rhs: [G, k, n] or a stack [L, G, k, n]; with transpose_rhs [G, n, k] or [L, G, n, k]. A layer of a stack is read where
+            it lies; it is copied where rhs's dtype is another than lhs's.
         group_sizes: rows of each group; rows past their sum belong to none.
         layer: which of a stack.
         transpose_rhs: the orientation of rhs.
@@ -52,19 +53,29 @@ def grouped_matmul(
     """
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm  # a third of a second, for those who have experts
 
-    matrices = rhs if layer is None else jax.lax.dynamic_index_in_dim(rhs, layer, 0, keepdims=False)
     rows, inner = lhs.shape
-    outer = matrices.shape[1 if transpose_rhs else 2]
+    outer = rhs.shape[-2 if transpose_rhs else -1]
     if 0 in (rows, inner, outer):
         return jnp.zeros((rows, outer), lhs.dtype)
+    groups, before = group_sizes.shape[0], jnp.int32(0)
+    if layer is not None and rhs.dtype == lhs.dtype:
+        # The kernel reads matrix `group - group_offset`, which may count from before the first group: the stack is one long row
+        # of matrices, and those of earlier layers are of no group.
+        before = layer * groups
+        if rhs.shape[-1] % 128 and not rhs.shape[-2] % 128:
+            # Of such a parameter the compiler lays the other axis along the lanes: to be read as it lies it is turned.
+            rhs, transpose_rhs = rhs.swapaxes(-1, -2), not transpose_rhs
+    elif layer is not None:
+        rhs = jax.lax.dynamic_index_in_dim(rhs, layer, 0, keepdims=False)
     tiling = _tiling(rows, inner, outer, lhs.dtype.itemsize)
     with _precision(lhs.dtype):
         out = gmm(
             _padded(lhs, tiling[0]),
-            matrices.astype(lhs.dtype),
+            rhs.reshape(-1, *rhs.shape[-2:]).astype(lhs.dtype),
             group_sizes,
             preferred_element_type=lhs.dtype,
             tiling=tiling,
+            group_offset=-before,
             transpose_rhs=transpose_rhs,
         )[:rows]
     # The kernel leaves rows of no group as it finds them.

@@ -104,7 +104,7 @@ def _matrices(job: Job, cut: Shares) -> float:
     """Experts' matrices in the grouped matmuls, three in a forward pass and five in a backward one, and their gradients.
 
     A visit reads those that its c tokens chose, E (1 - (1 - k / E)^c) of all, and one more for each further tile of rows: a
-    matrix is not kept from one tile to the next. In inference a layer is first copied out of the stack. A visit's gradient is
+    matrix is not kept from one tile to the next. In inference they are read where they lie in the stack. A visit's gradient is
     written and read in bfloat16, and written in float32; in lora there is none. Where tokens travel sums are cleared, each
     visit reads and writes them, and what was gathered is read and written to be scattered.
     """
@@ -117,9 +117,7 @@ def _matrices(job: Job, cut: Shares) -> float:
     matrix = config.hidden_size * config.moe_intermediate_size / cut.mlp
     again = 3 * layers * matrix * max(0.0, choice.capacity / TILE[0] - 1)
     read = (8 / 3 if job.trains else 1) * HALF * cut.visits * (used.experts * chosen + again)
-    if not job.trains:
-        return read + 2 * HALF * used.experts
-    if job.adapts:
+    if job.adapts or not job.trains:
         return read
     if choice.transport is None:
         return read + used.experts * (2 * HALF + FLOAT)

@@ -15,16 +15,23 @@ CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x
 
 
 @pytest.mark.parametrize(
-    "rows, sizes",
-    [(40, (0, 17, 0, 8, 15)), (50, (0, 0, 41, 0, 0)), (33, (1, 7, 8, 9, 0)), (9, (0, 0, 0, 0, 0))],
-    ids=["empty groups", "one group and rows of none", "edges of a tile", "no rows"],
+    "rows, sizes, inner, outer, dtype",
+    [
+        (40, (0, 17, 0, 8, 15), 256, 128, "float32"),
+        (50, (0, 0, 41, 0, 0), 128, 96, "float32"),
+        (33, (1, 7, 8, 9, 0), 96, 128, "float32"),
+        (33, (1, 7, 8, 9, 0), 128, 128, "bfloat16"),
+        (9, (0, 0, 0, 0, 0), 256, 128, "float32"),
+    ],
+    ids=["empty groups", "one group and rows of none", "edges of a tile", "another dtype", "no rows"],
 )
 @pytest.mark.parametrize("transposed", [False, True])
-def test_equal_to_the_reference(rows, sizes, transposed):
+def test_equal_to_the_reference(rows, sizes, inner, outer, dtype, transposed):
+    """Of the second layer of a stack; of matrices with a part of a tile's lanes the kernel is given the other orientation."""
     generator = np.random.default_rng(rows)
-    lhs = jnp.asarray(generator.normal(size=(rows, 256)), jnp.float32)
-    rhs = jnp.asarray(generator.normal(size=(2, 5, *((128, 256) if transposed else (256, 128)))), jnp.float32)
-    cotangent = jnp.asarray(generator.normal(size=(rows, 128)), jnp.float32)
+    lhs = jnp.asarray(generator.normal(size=(rows, inner)), jnp.float32)
+    rhs = jnp.asarray(generator.normal(size=(2, 5, *((outer, inner) if transposed else (inner, outer)))), dtype)
+    cotangent = jnp.asarray(generator.normal(size=(rows, outer)), jnp.float32)
 
     def both(implementation):
         def op(lhs, rhs):
@@ -57,3 +64,25 @@ def test_it_is_chosen_and_compiles_for_every_chip(chip):
     assert text is not None and text.count('custom_call_target="tpu_custom_call"') == 3  # the product and its two gradients
     memory = compiled.memory_analysis()
     assert memory is not None and memory.temp_size_in_bytes < 2 * 2 * case.rows * (case.inner + case.outer)
+
+
+@pytest.mark.parametrize("inner", [2048, 192])
+def test_a_layer_is_read_from_its_stack(inner):
+    """In a scan over layers no matrix is copied, whichever of its axes the compiler has laid along the lanes."""
+    device = SingleDeviceSharding(topologies.get_topology_desc(CHIPS["v6e"], "tpu").devices[0])
+    layers, groups, outer, rows = 3, 128, 2048, 64  # more than the chip keeps beside its products
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=device)
+
+    def run(lhs, rhs, sizes):
+        def one(total, layer):
+            return total + grouped_matmul(lhs, rhs, sizes, layer=layer, transpose_rhs=True), None
+
+        return jax.lax.scan(one, jnp.zeros((rows, outer), lhs.dtype), jnp.arange(layers))[0]
+
+    args = shape(rows, inner), shape(layers, groups, outer, inner), shape(groups, dtype=jnp.int32)
+    compiled = jax.jit(run).lower(*args).compile()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None and text.count('custom_call_target="tpu_custom_call"') == 1
+    assert memory is not None and memory.temp_size_in_bytes < 2 * outer * inner  # one matrix of 384
