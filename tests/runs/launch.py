@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -90,25 +89,20 @@ def command_of(place, *words):
     return [sys.executable, "-m", "qwen3_jax.cli.main", "train", str(place / "run.toml"), *words]
 
 
-def begin(prepared, place, *words):
+def begin(prepared, place, *words, told=None):
+    """A start of the run; told, a step and a signal, it sends itself that signal just before the step."""
+    command = command_of(place, *words) if told is None else signalling(*told, place / "run.toml", *words)
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command_of(place, *words), cwd=ROOT, env=environ_of(prepared), **options)
+    return subprocess.Popen(command, cwd=ROOT, env=environ_of(prepared), **options)
+
+
+def signalling(step, number, *words):
+    return [sys.executable, "-m", "tests.runs.signal_program", *map(str, (step, int(number), *words))]
 
 
 def finish(process):
     out, _ = process.communicate(timeout=300)
     return process.returncode, out
-
-
-def at_step(process, step, number):
-    """Send a signal once a step has been told; what was said so far."""
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if re.match(rf"step {step}\b", line):
-            process.send_signal(number)
-            break
-    return "".join(said)
 
 
 def curve(place, runs="runs"):
