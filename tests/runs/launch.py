@@ -14,6 +14,7 @@ from qwen3_jax.training.journal import read_lines
 # Compilers take most of a start's time, and these programs run for a second.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 900  # seconds for a start; on a machine with six times the work of its cores one has taken more than 300
 RUN = """\
 name = "tiny"
 output = "{place}/runs"
@@ -101,7 +102,10 @@ def signalling(step, number, *words):
 
 
 def finish(process):
-    out, _ = process.communicate(timeout=300)
+    try:
+        out, _ = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()  # one that hangs takes nothing from the tests after it
     return process.returncode, out
 
 
