@@ -14,7 +14,7 @@ from qwen3_jax.training.journal import read_lines
 # Compilers take most of a start's time, and these programs run for a second.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 900  # seconds for a start; on a machine with six times the work of its cores one has taken more than 300
+PATIENCE = 600  # seconds for a start; on a machine with ten times the work of its cores one has taken more than 300
 RUN = """\
 name = "tiny"
 output = "{place}/runs"

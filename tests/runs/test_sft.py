@@ -22,7 +22,7 @@ from qwen3_jax.training.journal import read_lines
 from qwen3_jax.tune.lora import merge
 from tests.model.models import QUICK
 from tests.runs.launch import QUICK as FLAGS
-from tests.runs.launch import arrays_of, finish, signalling
+from tests.runs.launch import PATIENCE, arrays_of, finish, signalling
 from tools.demo.corpus import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,7 +127,7 @@ def place(tmp_path_factory):
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path.name: path.read_bytes() for path in (place / "base").iterdir()} == before
