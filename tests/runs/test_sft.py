@@ -21,8 +21,8 @@ from qwen3_jax.data.mixture import Source
 from qwen3_jax.training.journal import read_lines
 from qwen3_jax.tune.lora import merge
 from tests.model.models import QUICK
-from tests.runs.launch import QUICK as FLAGS
 from tests.runs.launch import PATIENCE, arrays_of, finish, signalling
+from tests.runs.launch import QUICK as FLAGS
 from tools.demo.corpus import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
