@@ -6,7 +6,12 @@ import shutil
 import signal
 import tempfile
 
+import hypothesis
 import pytest
+
+# How long an example takes says what else the machine does: a stall of 0.2 s would fail a test.
+hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("suite")
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Eight devices, for meshes; whatever names none runs on the first.

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,15 +22,14 @@ from qwen3_jax.tune.peft_names import adapter_slots
 from tests.checkpoint.folders import files, hub_tensors, write
 from tests.checkpoint.state import flat, loaded, stepped
 from tests.model.models import CONFIGS
+from tests.parallel.launch import free_port
 
 CONFIG = dataclasses.replace(CONFIGS["moe"], num_hidden_layers=2, vocab_size=97)
 
 
 def start(count: int, devices: int, place: Path, duty: str) -> list[subprocess.Popen]:
     """Start the processes of a mesh."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     words = [sys.executable, "-m", "tests.checkpoint.process"]
     return [
         subprocess.Popen(

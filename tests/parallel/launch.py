@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -20,8 +21,9 @@ class Process:
 
     def __init__(self, arguments: Sequence[str], environ: dict[str, str]):
         self._file: IO[str] = tempfile.TemporaryFile("w+")
-        # What this machine's own launcher says is not for them.
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_", "JAX_", "PMIX_"))}
+        # What this machine's own launcher says is not for them; and what they print waits in a buffer on every machine.
+        foreign = ("SLURM_", "OMPI_", "JAX_", "PMIX_", "PYTHONUNBUFFERED")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         self._process = subprocess.Popen(
             [sys.executable, *arguments],
             stdin=subprocess.PIPE,
@@ -100,6 +102,13 @@ def together(arguments: Sequence[Sequence[str]], environ: Sequence[dict[str, str
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return min(server.getsockname()[1], 65500)
+    """A port that nothing listens on, nor on the next one, where jax's service will.
+
+    Below those that systems give to sockets which ask for none: of these one may be taken before it is listened on.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)  # drawn anew in each of pytest's workers
+        with contextlib.suppress(OSError), contextlib.ExitStack() as servers:
+            for number in (port, port + 1):
+                servers.enter_context(socket.create_server(("127.0.0.1", number)))
+            return port

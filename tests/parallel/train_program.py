@@ -45,7 +45,7 @@ def main() -> None:
     print("ready", flush=True)
     sys.stdin.readline()
     wish, steps = sys.argv[1], [int(text) for text in sys.argv[2:]]
-    processes = qwen3_jax.initialize(mesh=wish, timeout=20)
+    processes = qwen3_jax.initialize(mesh=wish, timeout=60)
     assert qwen3_jax.initialize().count == processes.count == jax.process_count()
     mesh = processes.mesh
     assert mesh is not None

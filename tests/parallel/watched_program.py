@@ -35,7 +35,7 @@ def main() -> None:
                 ctypes.CDLL(None).abort()  # without the interpreter's lock, as a thread of C++ does
             case "fork":
                 if os.fork() == 0:
-                    sys.stdout.close()
+                    os.close(1)  # without a flush: what waits to be written is the parent's
                     os.close(2)
                     time.sleep(20)
                     os._exit(0)

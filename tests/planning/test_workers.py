@@ -22,7 +22,8 @@ PROGRAM = textwrap.dedent(
     request = json.load(open(sys.argv[1]))
     assert os.environ["JAX_PLATFORMS"] == "cpu" and request["mode"] == "train" and request["config"]["hidden_size"] == 32
     if request["mesh"] == "data=4":
-        open(os.environ["PLAN_PID"], "w").write(str(os.getpid()))
+        open(os.environ["PLAN_PID"] + ".part", "w").write(str(os.getpid()))
+        os.rename(os.environ["PLAN_PID"] + ".part", os.environ["PLAN_PID"])  # whoever waits for it is not to find it empty
         time.sleep(600)
     if request["mesh"] == "fsdp=4":
         print("what came before", file=sys.stderr)

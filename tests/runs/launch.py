@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from qwen3_jax.training.journal import read_lines
 # Compilers take most of a start's time, and these programs run for a second.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 600  # seconds for a start; on a machine with ten times the work of its cores one has taken more than 300
 RUN = """\
 name = "tiny"
 output = "{place}/runs"
@@ -90,25 +90,23 @@ def command_of(place, *words):
     return [sys.executable, "-m", "qwen3_jax.cli.main", "train", str(place / "run.toml"), *words]
 
 
-def begin(prepared, place, *words):
+def begin(prepared, place, *words, told=None):
+    """A start of the run; told, a step and a signal, it sends itself that signal just before the step."""
+    command = command_of(place, *words) if told is None else signalling(*told, place / "run.toml", *words)
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command_of(place, *words), cwd=ROOT, env=environ_of(prepared), **options)
+    return subprocess.Popen(command, cwd=ROOT, env=environ_of(prepared), **options)
+
+
+def signalling(step, number, *words):
+    return [sys.executable, "-m", "tests.runs.signal_program", *map(str, (step, int(number), *words))]
 
 
 def finish(process):
-    out, _ = process.communicate(timeout=300)
+    try:
+        out, _ = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()  # one that hangs takes nothing from the tests after it
     return process.returncode, out
-
-
-def at_step(process, step, number):
-    """Send a signal once a step has been told; what was said so far."""
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if re.match(rf"step {step}\b", line):
-            process.send_signal(number)
-            break
-    return "".join(said)
 
 
 def curve(place, runs="runs"):

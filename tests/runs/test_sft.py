@@ -21,8 +21,8 @@ from qwen3_jax.data.mixture import Source
 from qwen3_jax.training.journal import read_lines
 from qwen3_jax.tune.lora import merge
 from tests.model.models import QUICK
+from tests.runs.launch import PATIENCE, arrays_of, finish, signalling
 from tests.runs.launch import QUICK as FLAGS
-from tests.runs.launch import arrays_of, at_step, finish
 from tools.demo.corpus import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,7 +127,7 @@ def place(tmp_path_factory):
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path.name: path.read_bytes() for path in (place / "base").iterdir()} == before
@@ -190,19 +190,17 @@ def test_adapters_that_were_killed_midway_are_the_same_to_the_bit(place):
     """The base is read again, the adapters and their optimizer go on where they were."""
     # Its steps were compiled for the run that it is held against, and kept.
     kept = sorted(Path(ENVIRONMENT["XDG_CACHE_HOME"]).glob("qwen3-jax/*/jit_step-*-cache"))
-    words = ["train", "lora.toml", "--name", "killed", "--checkpoint.every", "10"]
-    command = [sys.executable, "-m", "qwen3_jax.cli.main", *words]
-    for step in (35, None):
+    words = ["lora.toml", "--name", "killed", "--checkpoint.every", "10"]
+    whole = [sys.executable, "-m", "qwen3_jax.cli.main", "train", *words]
+    for command, ends in ((signalling(35, signal.SIGKILL, *words), -signal.SIGKILL), (whole, 0)):
         process = subprocess.Popen(
             command, cwd=place, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        if step is not None:
-            at_step(process, step, signal.SIGKILL)
         code, out = finish(process)
-        assert code == (0 if step is None else -signal.SIGKILL), out
+        assert code == ends, out
     assert kept and kept == sorted(Path(ENVIRONMENT["XDG_CACHE_HOME"]).glob("qwen3-jax/*/jit_step-*-cache"))
     found = re.search(r"goes on at step (\d+)", out)
-    assert found is not None and int(found[1]) in (20, 30, 40, 50), out
+    assert found is not None and int(found[1]) in (20, 30), out  # the save of step 30 may not have ended
     one, other = (arrays_of(place, 60, name=name) for name in ("killed", "lora"))
     assert one.keys() == other.keys() and any("lora" in name.lower() for name in one), sorted(one)[:9]
     for name, array in one.items():

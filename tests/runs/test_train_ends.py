@@ -11,7 +11,7 @@ from qwen3_jax.runs import alone as alone_module
 from qwen3_jax.runs.alone import LOCK, alone
 from qwen3_jax.runs.toml import RunError
 from qwen3_jax.training.journal import read_lines
-from tests.runs.launch import ROOT, as_at_step_9, begin, environ_of, finish
+from tests.runs.launch import PATIENCE, ROOT, as_at_step_9, begin, environ_of, finish
 
 # The run tells itself, at the very beginning of one of its parts.
 TOLD = """
@@ -35,7 +35,7 @@ sys.exit(main(["train", *sys.argv[2:]]))
 def told_in(prepared, place, part, *words):
     """The lines of a run that ends well."""
     command = [sys.executable, "-c", TOLD, part, str(place / "run.toml"), *words]
-    done = subprocess.run(command, cwd=ROOT, env=environ_of(prepared), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environ_of(prepared), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
 

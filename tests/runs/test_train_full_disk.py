@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 
 from qwen3_jax.training.journal import read_lines
-from tests.runs.launch import arrays_of, as_at_step_9, command_of, curve, environ_of
+from tests.runs.launch import PATIENCE, arrays_of, as_at_step_9, command_of, curve, environ_of
 
 BOARD = ["--watch.tensorboard", "true"]
 
@@ -30,7 +30,7 @@ def test_a_full_disk_ends_the_run_with_one_error_and_with_room_it_goes_on(straig
     as_at_step_9(watched, place).rename(place / "was/runs")
     (place / "runs").mkdir()
     command = ["sh", "-c", FULL, "sh", str(place / "runs"), str(place / "was/runs"), *command_of(place), *BOARD]
-    out = subprocess.run(command, cwd=place, env=environ_of(prepared), capture_output=True, text=True, timeout=300)
+    out = subprocess.run(command, cwd=place, env=environ_of(prepared), capture_output=True, text=True, timeout=PATIENCE)
     lines = (out.stdout + out.stderr).splitlines()
     assert "code 1" in lines and "Traceback" not in out.stderr, lines
     (error,) = [line for line in lines if line.startswith("qwen3-jax train: ")]
@@ -61,7 +61,7 @@ def test_an_export_that_finds_no_room_ends_the_run_as_a_save_does_and_a_board_do
     (folder / "tensorboard").symlink_to(full)
     command = ["sh", "-c", FULL_FOLDER, "sh", str(full), *command_of(place), *BOARD, "--checkpoint.export", str(full / "out")]
     with open("/dev/full", "w") as nowhere:
-        options = dict(stdout=nowhere, stderr=subprocess.PIPE, text=True, timeout=300)
+        options = dict(stdout=nowhere, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
         out = subprocess.run(command, cwd=place, env=environ_of(prepared), **options)
     assert out.returncode == 1 and "Traceback" not in out.stderr, out.stderr
     assert out.stderr.count("the standard output takes no more lines, and the run goes on without: [Errno 28]") == 1

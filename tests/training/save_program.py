@@ -30,6 +30,7 @@ from qwen3_jax.training.checkpoints import Checkpoints, TrainingCheckpointError
 from qwen3_jax.training.guard import Guard
 from qwen3_jax.training.state import TrainState
 from qwen3_jax.training.stopping import Stopping
+from tests.training.stop_program import asked_until_told
 
 
 class Full:
@@ -83,8 +84,8 @@ def main() -> int:
             print("restored", json.dumps([found.step, found.passed_over]), flush=True)
             if processes.id == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(3)  # jax looks once a second
-            print("told", early.count(True), stopping.asked(10), flush=True)
+            time.sleep(1.5)  # as stop_program
+            print("told", early.count(True), asked_until_told(stopping, 10), flush=True)
             if processes.id == 1:
                 fail()
             for step in (2, 3, 4):
