@@ -96,6 +96,8 @@ class Options:
     """`step.spike` then."""
     stops: bool = False
     """Stop a process for a while, instead."""
+    straight: Path | None = None
+    """The run without a stop that the same options have made before, FOLDER/straight; None: make one."""
     folder: Path | None = None
     """Where runs and logs go, made anew; None: a temporary one, removed at the end."""
 
@@ -117,6 +119,10 @@ class Campaign:
         self.cache, self.straight = place / "cache", place / "straight"
         self.wrong: list[str] = []
         self.done = 0
+        if options.straight is not None:
+            self.straight = options.straight.absolute()
+            self.cache = self.straight.with_name("cache")
+            return
         self.straight.mkdir()
         self.start_well(self.straight)
 
@@ -140,9 +146,16 @@ class Campaign:
         hold = HOLD[self.done % 2] if case.how == TERM else 0.3
         self.done += 1
         place = case.place if case.how == KILL or case.place == "step.running" else f"{case.place}+{hold}"
+        if case.place.startswith("mesh"):
+            killed = tuple(range(count))  # one alone would let the others wait, for five minutes, for it to call
         aim = Aim(count, at, killed, case.how, then=((0.5, case.how),) if case.twice else ())
-        found = start(folder, self.cache, self.words_of(folder), place, step, 0.0, aim)
         told = f"{case.said} to {','.join(map(str, killed))} of {count}, at {at}"
+        try:
+            found = start(folder, self.cache, self.words_of(folder), place, step, 0.0, aim)
+        except Fault as fault:
+            self.console.print(f"{told}: WRONG: {fault}")
+            self.wrong.append(f"{told}: {fault}")
+            return saves(folder / NAME)[0]
         after, unfinished = saves(folder / NAME)
         lived = "" if found.survived is None else f", ended after {found.survived:.1f} s"
         where = found.of("at")[0]["step"] if found.of("at") else None
@@ -329,6 +342,8 @@ def run(place: Path, options: Options, console: Console) -> int:
     Returns:
         How many things were wrong.
     """
+    # A shell lets what it starts in the background ignore Ctrl-C, and so would the run.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     write_run(place, options.steps)
     words = ["--stages.short.tokens", str(FIRST * 512), "--stages.long.tokens", str((options.steps - FIRST) * 512)]
     words += ["--checkpoint.keep", "1000"]
