@@ -99,8 +99,10 @@ class Kill:
 
 
 def places_of(options: Options) -> dict[str, tuple[str, int, str]]:
-    """The places that there are for a run."""
+    """The places that there are for a run; several processes on CPUs keep no programs."""
     there = PLACES | (EXPORTS if options.export_every is not None else {})
+    if options.processes > 1:
+        del there["compile.cached"]
     return {place: told for place, told in there.items() if place.startswith(options.only)}
 
 

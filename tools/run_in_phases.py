@@ -228,11 +228,12 @@ def _data(phases: Phases) -> None:
 def _steps(phases: Phases, batches: Path) -> None:
     """Steps, the first of a stage with its compilation."""
     import jax
+    from jax._src import compiler
     from jax._src.lru_cache import LRUCache
 
     from qwen3_jax.runs import train
 
-    stage_step, put = train.stage_step, LRUCache.put
+    stage_step, put, compile_ = train.stage_step, LRUCache.put, compiler.compile_or_get_cached
     compiling = threading.Event()
 
     def stage_step_in_phases(*args: Any, **options: Any) -> Any:
@@ -260,9 +261,10 @@ def _steps(phases: Phases, batches: Path) -> None:
 
         return step_in_phases
 
-    def compiles(event: str, **more: Any) -> None:
-        if compiling.is_set() and event == "/jax/compilation_cache/compile_requests_use_cache":
+    def compile_in_phases(*args: Any, **options: Any) -> Any:
+        if compiling.is_set():
             phases.met("compile.running")
+        return compile_(*args, **options)
 
     def put_in_phases(self: Any, key: str, value: bytes) -> None:
         if compiling.is_set() and phases.met("compile.cached"):
@@ -272,7 +274,7 @@ def _steps(phases: Phases, batches: Path) -> None:
 
     _put(train, stage_step=stage_step_in_phases)
     _put(LRUCache, put=put_in_phases)
-    jax.monitoring.register_event_listener(compiles)
+    _put(compiler, compile_or_get_cached=compile_in_phases)
 
 
 def _restores(phases: Phases) -> None:
