@@ -3,7 +3,7 @@
     python -m tools.end_anywhere [--processes 2] [--only look] [--folder FOLDER]
 
 SIGTERM, SIGTERM twice, SIGINT (Ctrl-C), to one process or to all, at places where a run neither steps nor saves
-(tools/more_phases.py) and at some where it does: each start has to end within a minute, with the exit code of docs/runs.md.
+(tools/more_phases.py) and at some where it does: each start has to end within three minutes, with the exit code of docs/runs.md.
 `--rewinds` signals and kills a run that goes back on spikes of its loss; `--stops` stops a process (SIGSTOP) and lets it go on.
 The run is started again after each, until it is done. Exit code 1 where anything differs.
 """
@@ -24,6 +24,7 @@ from tools.run_to_kill import NAME, write_run
 from tools.start_runs import Aim, Fault, Start, carried_out, name_of, start
 
 TERM, INT, KILL = int(signal.SIGTERM), int(signal.SIGINT), int(signal.SIGKILL)
+LIMIT = 180.0  # seconds in which a start has to have ended: before it looks for a signal again it may have to compile
 FIRST = 12  # steps of the first stage: its warmup takes ten
 HOLD = (0.3, 1.6)  # seconds that a run stays at a place: jax looks for a signal once a second
 
@@ -90,6 +91,8 @@ class Options:
     """Signal one process, another one, and all, at each place; else these take turns. It takes more steps."""
     only: str = ""
     """Places that begin so; empty: all."""
+    watch: bool = True
+    """Look at held-out documents and prompts, without which starts are shorter."""
     rewinds: bool = False
     """Signal it while it goes back on spikes, instead."""
     spike: float = 0.0105
@@ -142,13 +145,15 @@ class Campaign:
         count = self.options.processes
         newest, _ = saves(folder / NAME)
         step = -1 if case.place.startswith(("mesh", "data", "stage", "last", "rewind")) else newest + 2
+        if case.place.startswith("look"):
+            step = newest + 4  # the second look of a start: the first one compiles
         step = step if case.place != "step.last" else self.options.steps - 1
         hold = HOLD[self.done % 2] if case.how == TERM else 0.3
         self.done += 1
         place = case.place if case.how == KILL or case.place == "step.running" else f"{case.place}+{hold}"
         if case.place.startswith("mesh"):
             killed = tuple(range(count))  # one alone would let the others wait, for five minutes, for it to call
-        aim = Aim(count, at, killed, case.how, then=((0.5, case.how),) if case.twice else ())
+        aim = Aim(count, at, killed, case.how, then=((0.5, case.how),) if case.twice else (), survive=LIMIT)
         told = f"{case.said} to {','.join(map(str, killed))} of {count}, at {at}"
         try:
             for _ in range(3):
@@ -245,7 +250,11 @@ def anywhere(campaign: Campaign, options: Options) -> None:
     """All cases but rewinds: each at its part of the run."""
 
     def wanted(cases: list[Case]) -> list[Case]:
-        return [case for case in cases if case.place.startswith(options.only)]
+        return [
+            case
+            for case in cases
+            if case.place.startswith(options.only) and (options.watch or not case.place.startswith("look"))
+        ]
 
     fresh = campaign.place / "fresh"
     for turn, case in enumerate(wanted(BETWEEN)):
@@ -358,6 +367,7 @@ def run(place: Path, options: Options, console: Console) -> int:
         words += ["--stages.short.learning_rate", "1e-5", "--stages.long.learning_rate", "1e-5"]
     else:
         words += ["--checkpoint.export_every", "10", "--checkpoint.export_keep", "2"]
+    if options.watch and not options.rewinds:
         words += ["--watch.held_out", str(place / "files"), "--watch.held_out_every", "3", "--watch.held_out_batches", "2"]
         words += ["--watch.prompts", '["def read(", "import os"]']
     campaign = Campaign(place, words, options, console)

@@ -43,6 +43,7 @@ class Aim:
         how: the signal; after another one than SIGKILL they have to end by themselves, too.
         then: further signals to them, each after so many seconds.
         heartbeat: seconds of silence after which a process counts as dead; None: the product's.
+        survive: seconds after the signal in which all have to have ended.
     """
 
     processes: int = 1
@@ -51,6 +52,7 @@ class Aim:
     how: int = signal.SIGKILL
     then: tuple[tuple[float, int], ...] = ()
     heartbeat: float | None = None
+    survive: float = SURVIVE
 
     @property
     def dead(self) -> tuple[int, ...]:
@@ -199,7 +201,7 @@ class _Team:
             if message["kind"] == "at" and killed_at is None:
                 time.sleep(delay)
                 killed_at = self._kill()
-                deadline = time.monotonic() + SURVIVE
+                deadline = time.monotonic() + self._aim.survive
         rest = [process for i, process in enumerate(self._processes) if i not in self._aim.dead or killed_at is None]
         for process in rest:
             try:
@@ -227,7 +229,7 @@ class _Team:
         there = [i for i, process in enumerate(self._processes) if process.poll() is None]
         if killed_at is None:
             return f"processes {there} of a start hung for {PATIENCE} s, at {self._place}"
-        return f"processes {there} outlived the kill of {list(self._aim.killed)} at {self._place} by {SURVIVE} s"
+        return f"processes {there} outlived the kill of {list(self._aim.killed)} at {self._place} by {self._aim.survive:g} s"
 
     def close(self) -> None:
         """End what is left."""
