@@ -3,7 +3,7 @@
     python -m tools.end_anywhere [--processes 2] [--only look] [--folder FOLDER]
 
 SIGTERM, SIGTERM twice, SIGINT (Ctrl-C), to one process or to all, at places where a run neither steps nor saves
-(tools/more_phases.py) and at some where it does: each start has to end within three minutes, with the exit code of docs/runs.md.
+(tools/more_phases.py) and at some where it does: each start has to end in bounded time, with the exit code of docs/runs.md.
 `--rewinds` signals and kills a run that goes back on spikes of its loss; `--stops` stops a process (SIGSTOP) and lets it go on.
 The run is started again after each, until it is done. Exit code 1 where anything differs.
 """
