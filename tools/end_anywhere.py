@@ -174,7 +174,8 @@ class Campaign:
         bad = []
         if where is None:
             bad.append("the place was never reached")
-        if resumed != ({newest} if newest else set()) and not case.place.startswith("mesh"):
+        # Told before its first step, a run that begins saves step 0, or nothing.
+        if resumed - {0} != ({newest} if newest else set()) and not case.place.startswith("mesh"):
             bad.append(f"gone on from {resumed}")
         if found.orphans:
             bad.append(f"left {found.orphans}")
