@@ -33,11 +33,12 @@ def install_more(phases: Any) -> None:
     from qwen3_jax.training.loop import Loop
 
     begins, init = train.initialize, train._StageData.__init__
-    heartbeat = os.environ.get("TOOLS_HEARTBEAT")
+    given = os.environ.get("TOOLS_HEARTBEAT")
+    silence: dict[str, Any] = {} if given is None else dict(heartbeat=float(given))
 
     def initialize(*args: Any, **options: Any) -> Any:
         phases.stop("mesh.before")
-        return begins(*args, **options, **({} if heartbeat is None else dict(heartbeat=float(heartbeat))))
+        return begins(*args, **options, **silence)
 
     def stage_data(self: Any, run: Any, stage: Any, mesh: Any, rules: Any, at: Any, carried: bool) -> None:
         phases.stop("data.begun")
