@@ -106,21 +106,26 @@ def mend_compilation_cache() -> list[Path]:
 
 
 def share_compilation_cache() -> bool:
-    """Let go of jax's compilation cache where several processes have a folder each; every process calls it.
+    """Let go of jax's compilation cache where process 0 alone would find its programs; every process calls it.
 
-    Process 0 alone writes entries, so it alone would find one, and the others would compile as ever. On GPUs they would wait
-    for its part in the search for the fastest kernels, which compilers of several processes divide among themselves.
+    Process 0 alone writes entries. Where each process has a folder of its own, the others would compile as ever. On GPUs they
+    would wait for its part in the search for the fastest kernels, which compilers of several processes divide among
+    themselves. On CPUs they never find one, for jax's key holds what each process's own devices are, and process 0, who need
+    not compile, would come to the first collective that much earlier: Gloo waits 30 seconds, and ends the run.
 
     Returns:
-        Whether the cache is still used, or there is none.
+        Whether the cache is still used, or there is none. On CPUs of several processes False.
     """
     import jax
-    from jax.experimental.compilation_cache import compilation_cache
 
     from qwen3_jax.checkpoint.together import all_processes
 
     if jax.process_count() == 1:
         return True
+    if _keys_differ():
+        used = bool(jax.config.jax_compilation_cache_dir)
+        _let_go()
+        return not used
     team, given = all_processes(), jax.config.jax_compilation_cache_dir or ""
     name = f"{SHARED}-{team.texts(secrets.token_hex(8))[0]}"
     mark = Path(given) / name
@@ -135,9 +140,23 @@ def share_compilation_cache() -> bool:
             mark.unlink()
     if len(set(found)) == 1 and found[0] != "own":
         return True
+    _let_go()
+    return False
+
+
+def _keys_differ() -> bool:
+    """Whether each process has a key of its own for one and the same program."""
+    import jax
+
+    return jax.default_backend() == "cpu"
+
+
+def _let_go() -> None:
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
-    return False
 
 
 def _whole(entry: Path) -> bool:

@@ -11,8 +11,9 @@ checkpoint are compared to the bit; of the other mesh the batches to the bit and
 anything differs.
 
 With two processes one of them is at the place, and that one is killed, or the other, or both; a survivor has to end by itself,
-naming the dead. The other mesh is then that of one process, and one process also makes the whole run once: its curve within
-1e-5. Exports are held against those of the run without a stop and of one process that reads the last checkpoint, file by file.
+naming the dead. With four, two may be. The other mesh is then that of one process, and one process also makes the whole run
+once: its curve within 1e-5. Exports are held against those of the run without a stop and of one process that reads the last
+checkpoint, file by file.
 """
 
 import dataclasses
@@ -51,7 +52,7 @@ class Options:
     mesh: str = "data=2,expert=2"
     """The other mesh."""
     processes: int = 1
-    """That carry a run out, 1 or 2; of two, one is killed, or both."""
+    """That carry a run out, 1, 2 or 4; of two, one is killed, or both; of four, one, two, or all."""
     export_every: int | None = None
     """Steps between exports, which are then killed too; None: none."""
     adapters: bool = False
@@ -98,8 +99,10 @@ class Kill:
 
 
 def places_of(options: Options) -> dict[str, tuple[str, int, str]]:
-    """The places that there are for a run."""
+    """The places that there are for a run; several processes on CPUs keep no programs."""
     there = PLACES | (EXPORTS if options.export_every is not None else {})
+    if options.processes > 1:
+        del there["compile.cached"]
     return {place: told for place, told in there.items() if place.startswith(options.only)}
 
 
@@ -128,8 +131,15 @@ def ways_of(place: str, processes: int) -> list[Aim]:
     """Who can be at a place, and who is killed then."""
     if processes == 1:
         return [ALONE]
-    there = (0,) if place.startswith(LEADERS) else (0, 1)
-    return [Aim(processes, at, killed) for at in there for killed in ((1 - at,), (at,), (0, 1))]
+    there = (0,) if place.startswith(LEADERS) else (0, processes - 1)
+    ways = []
+    for at in there:
+        others = [i for i in range(processes) if i != at]
+        several = [tuple(range(processes))]
+        if processes > 2:
+            several = [tuple(others[:2]), (at, others[-1]), *several]
+        ways += [Aim(processes, at, killed) for killed in ((others[-1],), (at,), *several)]
+    return ways
 
 
 def killed_run(folder: Path, cache: Path, options: Options, console: Console) -> list[Kill]:
@@ -195,7 +205,7 @@ def killed_run(folder: Path, cache: Path, options: Options, console: Console) ->
             expected = newest
             where = f"step {kill.step:4}  newest {newest:4}  {'inside' if kill.inside else 'too late'}"
             if aim.processes > 1:
-                ends = "" if kill.survived is None else f", the other ended after {kill.survived:.2f} s"
+                ends = "" if kill.survived is None else f", the rest ended after {kill.survived:.2f} s"
                 where += f"  process {aim.at} there, killed {', '.join(map(str, aim.killed))}{ends}"
             console.print(f"{number:3}  {place:17} {where}  {found.seconds:.1f} s")
             if found.orphans:
@@ -208,12 +218,10 @@ def killed_run(folder: Path, cache: Path, options: Options, console: Console) ->
 
 
 def survivors_checked(found: Start, aim: Aim, kill: str) -> None:
-    """A Fault where a process that was not killed did not end with code 1 and a last line that names the dead one."""
+    """A Fault where a process that was not killed did not end with code 1 and a last line that names a dead one."""
+    dead = "|".join(rf"{i} of {aim.processes} on \S+ \(pid {found.pids[i]}\)" for i in aim.killed)
+    named = rf"process ({dead}) died: its connection closed without a word"
     for i in set(range(aim.processes)) - set(aim.killed):
-        (dead,) = aim.killed
-        named = (
-            rf"process {dead} of {aim.processes} on \S+ \(pid {found.pids[dead]}\) died: its connection closed without a word"
-        )
         if found.codes[i] != 1 or not re.fullmatch(named, found.last[i]):
             raise Fault(f"{kill}: process {i} ended with {found.codes[i]} and the words {found.last[i]!r}")
 
@@ -263,7 +271,7 @@ def summary(kills: list[Kill], options: Options, console: Console) -> None:
     table = Table("phase", "killed while", "kills", "inside", "steps", title=f"{len(kills)} kills")
     several = options.processes > 1
     if several:
-        table.add_column("process there > killed: seconds that the other lived on")
+        table.add_column("process there > killed: seconds that the rest lived on")
     for place, (phase, _, meaning) in places_of(options).items():
         here = [kill for kill in kills if kill.place == place]
         row = [
@@ -279,12 +287,12 @@ def summary(kills: list[Kill], options: Options, console: Console) -> None:
     console.print(table)
     lived = [kill.survived for kill in kills if kill.survived is not None]
     if lived:
-        console.print(f"{len(lived)} processes outlived the other, by {min(lived):.2f} to {max(lived):.2f} s")
+        console.print(f"after {len(lived)} kills the rest lived on for {min(lived):.2f} to {max(lived):.2f} s")
 
 
 def _told(kill: Kill) -> str:
     lived = "" if kill.survived is None else f": {kill.survived:.2f}"
-    return f"{kill.at} > {'both' if len(kill.killed) > 1 else kill.killed[0]}{lived}"
+    return f"{kill.at} > {'+'.join(map(str, kill.killed))}{lived}"
 
 
 def run(place: Path, options: Options, console: Console) -> int:

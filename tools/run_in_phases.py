@@ -1,10 +1,11 @@
 """A run of training that says what it is in the midst of, and waits there to be killed: the child of tools/kill_runs.py.
 
-    python -m tools.run_in_phases DESCRIPTOR PLACE STEP BATCHES RUN.toml [--section.key value ...]
+    python -m tools.run_in_phases DESCRIPTOR PLACE[+SECONDS] STEP BATCHES RUN.toml [--section.key value ...]
 
 The product has no hooks for this. Functions that a run goes through are replaced, before it starts, by ones that stop at a
-named place once the run has come to a step, write a line of JSON to an open descriptor, and never go on. Where the machine's
-own code is at work (a step, a compilation) nothing waits: a line is written as it begins and another one if it ends.
+named place once the run has come to a step, write a line of JSON to an open descriptor, and never go on, or after so many
+seconds (tools/end_anywhere.py, whose places are in tools/more_phases.py). Where the machine's own code is at work (a step, a
+compilation) nothing waits: a line is written as it begins and another one if it ends.
 """
 
 import functools
@@ -19,6 +20,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from tools.more_phases import install_more
 
 PLACES: dict[str, tuple[str, int, str]] = {
     "save.begun": ("save", 4, "the temporary folder is made, no array is written"),
@@ -67,13 +70,16 @@ class Phases:
 
         Args:
             descriptor: open for writing; lines of JSON go there.
-            place: of PLACES; "none": nothing is waited for.
+            place: of PLACES; "none": nothing is waited for; "save.begun+1.5": it goes on after 1.5 seconds.
             step: from which on.
         """
-        self._descriptor, self._place, self._from = descriptor, place, step
+        self._descriptor, self._from = descriptor, step
+        self._place, _, hold = place.partition("+")
+        self._hold = float(hold) if hold else None
         self._lock = threading.Lock()
         self._met = False
         self.step = -1  # the one being made
+        self.last = -1  # of the run, once it is known
 
     def tell(self, kind: str, **more: Any) -> None:
         """Write a line."""
@@ -93,9 +99,9 @@ class Phases:
         return place == self._place and not self._met
 
     def stop(self, place: str) -> None:
-        """Never return from here, if this is the place and the time."""
+        """Wait here, if this is the place and the time."""
         if self.met(place):
-            _wait()
+            _wait(self._hold)
 
 
 def install(phases: Phases, batches: Path) -> None:
@@ -111,6 +117,7 @@ def install(phases: Phases, batches: Path) -> None:
     _restores(phases)
     _files(phases)
     _exports(phases)
+    install_more(phases)
 
 
 def _saves(phases: Phases) -> None:
@@ -221,11 +228,12 @@ def _data(phases: Phases) -> None:
 def _steps(phases: Phases, batches: Path) -> None:
     """Steps, the first of a stage with its compilation."""
     import jax
+    from jax._src import compiler
     from jax._src.lru_cache import LRUCache
 
     from qwen3_jax.runs import train
 
-    stage_step, put = train.stage_step, LRUCache.put
+    stage_step, put, compile_ = train.stage_step, LRUCache.put, compiler.compile_or_get_cached
     compiling = threading.Event()
 
     def stage_step_in_phases(*args: Any, **options: Any) -> Any:
@@ -238,6 +246,8 @@ def _steps(phases: Phases, batches: Path) -> None:
                 file.write(json.dumps(dict(step=phases.step, digest=_digest(batch))) + "\n")
             if fresh:
                 compiling.set()
+            if phases.step == phases.last:
+                phases.stop("step.last")
             met = not fresh and phases.met("step.running")
             found = step(state, batch)
             if fresh:
@@ -251,9 +261,10 @@ def _steps(phases: Phases, batches: Path) -> None:
 
         return step_in_phases
 
-    def compiles(event: str, **more: Any) -> None:
-        if compiling.is_set() and event == "/jax/compilation_cache/compile_requests_use_cache":
+    def compile_in_phases(*args: Any, **options: Any) -> Any:
+        if compiling.is_set():
             phases.met("compile.running")
+        return compile_(*args, **options)
 
     def put_in_phases(self: Any, key: str, value: bytes) -> None:
         if compiling.is_set() and phases.met("compile.cached"):
@@ -263,7 +274,7 @@ def _steps(phases: Phases, batches: Path) -> None:
 
     _put(train, stage_step=stage_step_in_phases)
     _put(LRUCache, put=put_in_phases)
-    jax.monitoring.register_event_listener(compiles)
+    _put(compiler, compile_or_get_cached=compile_in_phases)
 
 
 def _restores(phases: Phases) -> None:
@@ -282,9 +293,10 @@ def _restores(phases: Phases) -> None:
         return found
 
     def restore_and_tell(self: Any, like: Any) -> Any:
-        found = restore(self, like)
+        found, again = restore(self, like), phases.step >= 0
         if found is not None:
-            phases.tell("resumed", step=found.step, passed_over=sorted(found.passed_over))
+            phases.tell("rewound" if again else "resumed", step=found.step, passed_over=sorted(found.passed_over))
+            phases.step = found.step - 1 if again else phases.step
         return found
 
     _put(handler, deserialize=deserialize_in_phases)
@@ -355,8 +367,11 @@ def _digest(batch: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _wait() -> None:
-    """Until the kill."""
+def _wait(seconds: float | None = None) -> None:
+    """Until the kill, or so long."""
+    if seconds is not None:
+        time.sleep(seconds)
+        return
     while True:
         time.sleep(60)
 
@@ -368,7 +383,9 @@ def main() -> int:
     install(phases, Path(batches))
     from qwen3_jax.cli.main import main as command
 
-    return command(["train", *words])
+    code = command(["train", *words])
+    phases.stop("last.exit")
+    return code
 
 
 if __name__ == "__main__":

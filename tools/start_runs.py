@@ -40,13 +40,19 @@ class Aim:
         processes: how many there are, with DEVICES devices in all.
         at: the one that has to be at the place.
         killed: those that are killed then.
-        how: the signal; after SIGTERM they have to end by themselves, too.
+        how: the signal; after another one than SIGKILL they have to end by themselves, too.
+        then: further signals to them, each after so many seconds.
+        heartbeat: seconds of silence after which a process counts as dead; None: the product's.
+        survive: seconds after the signal in which all have to have ended.
     """
 
     processes: int = 1
     at: int = 0
     killed: tuple[int, ...] = (0,)
     how: int = signal.SIGKILL
+    then: tuple[tuple[float, int], ...] = ()
+    heartbeat: float | None = None
+    survive: float = SURVIVE
 
     @property
     def dead(self) -> tuple[int, ...]:
@@ -142,6 +148,8 @@ class _Team:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": str(ROOT),
         }
+        if aim.heartbeat is not None:
+            environ["TOOLS_HEARTBEAT"] = str(aim.heartbeat)  # tools/more_phases.py
         if count > 1:
             environ |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
         for i in range(count):
@@ -193,7 +201,7 @@ class _Team:
             if message["kind"] == "at" and killed_at is None:
                 time.sleep(delay)
                 killed_at = self._kill()
-                deadline = killed_at + SURVIVE
+                deadline = time.monotonic() + self._aim.survive
         rest = [process for i, process in enumerate(self._processes) if i not in self._aim.dead or killed_at is None]
         for process in rest:
             try:
@@ -209,15 +217,19 @@ class _Team:
         for i in self._aim.dead:
             self._processes[i].wait()
         for process in self._processes:  # one that is held at its place has to end by itself
-            if process.poll() is None:
+            if process.poll() is None and self._aim.how != signal.SIGSTOP:
                 process.send_signal(signal.SIGCONT)
+        for wait, how in self._aim.then:
+            time.sleep(wait)
+            for i in self._aim.killed:
+                self._processes[i].send_signal(how)  # nothing, where it has ended
         return now
 
     def _hanging(self, killed_at: float | None) -> str:
         there = [i for i, process in enumerate(self._processes) if process.poll() is None]
         if killed_at is None:
             return f"processes {there} of a start hung for {PATIENCE} s, at {self._place}"
-        return f"processes {there} outlived the kill of {list(self._aim.killed)} at {self._place} by {SURVIVE} s"
+        return f"processes {there} outlived the kill of {list(self._aim.killed)} at {self._place} by {self._aim.survive:g} s"
 
     def close(self) -> None:
         """End what is left."""

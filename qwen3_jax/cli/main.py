@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from qwen3_jax import __version__
+from qwen3_jax.cli.interrupts import keep_interrupts
 
 COMMANDS = {
     "generate": "complete prompts",
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         print(f"qwen3-jax: unknown command {words[0]!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    keep_interrupts()
     command = importlib.import_module(f"qwen3_jax.cli.{words[0]}")
     reason = ""
     try:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,6 +119,9 @@ def _train(run: "Run", console: "Console", *, keep: bool) -> int:
                 raise
             where, accepted = error.filename or run.output, "accepted is a folder with room, and the right to write there"
             return _failed(f"qwen3-jax train: {where} cannot be written: {error.strerror}: {accepted}")
+    # All is written. A second SIGTERM while the interpreter ends, seconds of a busy host, must not make it look killed; a
+    # handler of Python's would be taken away before that end.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not ended.done and run.checkpoint.told_to_end:
         # Not returned: of several processes all end so, and a code that is returned tells the others that one has failed.
         sys.exit(run.checkpoint.told_to_end)

@@ -94,7 +94,7 @@ def train(run: Run, told: Callable[[int, Mapping[str, Any]], None] | None = None
     if leads:
         mend_compilation_cache()  # a kill of the start before this one may have cut off an entry
     if not share_compilation_cache() and leads:
-        said("the processes share no compilation cache, so this start uses none")
+        said("only process 0 would find compiled programs again, so this start keeps none")
     if mesh is None:
         raise RunError("mesh.axes is empty: accepted are sizes by axis, fsdp=-1 for all devices")
     # From here on a SIGTERM is answered before the next step, and after the last one not at all: the run ends by itself then.

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import logging
 import os
+import signal
 from pathlib import Path
 
 import orbax.checkpoint
@@ -21,6 +22,14 @@ from qwen3_jax.training.checkpoints import OtherRunError, TrainingCheckpointErro
 from qwen3_jax.training.loop import TrainingError
 
 DEMO = Path(__file__).resolve().parents[2] / "configs/demo.toml"
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A command's process ends with it, and this one goes on."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def no_space():
@@ -116,6 +125,17 @@ def test_steps_that_are_left_out_are_said(monkeypatch, capsys):
     assert lines[0] == "step 1 was left out: loss nan, gradient inf, 1 in all"
     assert lines[-1] == "step 1,023 was left out: loss nan, gradient inf, 512 in all"
     assert len(lines) == 16 + 5
+
+
+@pytest.mark.parametrize("ended", [Ended(1, True, {}), Ended(1, False, {})])
+def test_a_sigterm_after_the_run_does_not_end_its_process(monkeypatch, ended):
+    """A second one, or one that comes late: all is written, and the exit code must not be that of a kill."""
+    heard = []
+    signal.signal(signal.SIGTERM, lambda *given: heard.append(given))
+    monkeypatch.setattr(train, "train", lambda *given: ended)
+    assert main(["train", str(DEMO), "--no-compilation-cache"]) == 0
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert not heard and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 
 
 @pytest.mark.parametrize("words, kept", [([], True), (["--no-compilation-cache"], False)])

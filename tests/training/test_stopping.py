@@ -13,6 +13,8 @@ def test_a_signal_before_the_first_step_reaches_all(tmp_path):
     programs = [["-m", "tests.training.stop_program", str(tmp_path / f"own-{at}"), str(tmp_path / "shared")] for at in range(2)]
     with together(programs, [common | {"JAX_PROCESS_ID": str(at)} for at in range(2)]) as processes:
         for process in processes:
+            # jax's key of a program is another one for each process there: one would compile, and the other not.
+            assert process.read_until("on cpu ") == "on cpu False None", process.errors()[-2000:]
             assert process.read_until("own ") == "own False None", process.errors()[-2000:]
             assert process.read_until("shared ") == "shared True True"
         ends = [process.read_until("asked ").split()[1] for process in processes]

@@ -1,0 +1,29 @@
+"""Ctrl-C that is not lost."""
+
+import _thread
+import sys
+import threading
+
+AGAIN = 0.05  # seconds
+
+
+def keep_interrupts() -> None:
+    """Raise a KeyboardInterrupt again that came where Python must ignore what is raised: a finalizer, a callback.
+
+    jax has a callback for each garbage collection. A Ctrl-C that falls into it is printed as ignored, and the process goes on:
+    one of several processes then waits for the others, who have ended.
+    """
+    hook = sys.unraisablehook
+    if getattr(hook, "__module__", None) == __name__:
+        return
+
+    def again(told: "sys.UnraisableHookArgs") -> None:
+        if not issubclass(told.exc_type, KeyboardInterrupt):
+            hook(told)
+            return
+        # By another thread and a moment later: now it would be raised in here, where it is ignored too.
+        timer = threading.Timer(AGAIN, _thread.interrupt_main)
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = again
