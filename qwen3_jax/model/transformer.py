@@ -214,7 +214,7 @@ class Qwen3(nnx.Module):
             carry, routed = _layers(blocks, carry, places, range(len(layers)), repeats)
             routed = [] if routed is None else [routed]
         x, key_values = carry
-        x = self.norm(x)
+        x = self.norm(x, together=True)
         losses = normaliser = weighted = None
         if labels is not None and weights is not None:
             weighted = self._head.weighted_loss(x, in_shard_order(labels), in_shard_order(weights), z_loss)

@@ -1,4 +1,4 @@
-"""Losses over the words beside a softmax over all of them: values, gradients, 16-bit floats, and the products that they cost."""
+"""Losses over the words beside a softmax over all of them: values, gradients, 16-bit floats, and products that they cost."""
 
 import contextlib
 import dataclasses
