@@ -4,8 +4,8 @@ All figures are of one device and one step. The letters: t tokens of a device, b
 and key heads, H head_dim, F width, E experts, k of them per token, V words, S keys that a query sees on average. Products are
 in bfloat16, weights, gradients and optimizer of training in float32. A forward product of m parameters with t tokens is 2 m t
 FLOPs and its backward pass twice that. With remat a layer's forward pass is made twice; experts make theirs again by
-themselves, the head makes its gradient with its loss. In lora the model is frozen, in bfloat16, float32 or codes: of its matrices the backward pass has one
-product, of the adapters two, and gradients and optimizer are of these alone.
+themselves, the head makes its gradient with its loss. In lora the model is frozen, in bfloat16, float32 or codes: of its
+matrices the backward pass has one product, of the adapters two, and gradients and optimizer are of these alone.
 """
 
 import collections
