@@ -107,10 +107,10 @@ def pair(config: Any, given: argparse.Namespace, mesh: Any, dtype: Any, param_dt
 
     @jax.jit
     def base(embedded: Any, frozen: Any, batch: Any) -> Any:
-        def run(embedded: Any, rows: Any) -> Any:
+        def run(embedded: Any, rows: Any, **loss: Any) -> Any:
             model = nnx.merge(graph, frozen)
             setattr(model, "embed", Embedded(model.embed, embedded))  # noqa: B010  # in an Embed's place, which it is not
-            return model(rows.tokens, segment_ids=rows.segment_ids, labels=rows.labels, output="hidden", remat=given.remat)
+            return model(rows.tokens, segment_ids=rows.segment_ids, output="hidden", remat=given.remat, **loss)
 
         return gradient(objective, run, embedded, batch)
 

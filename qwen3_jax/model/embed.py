@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model.param import normal_param
 from qwen3_jax.parallel.vocabulary import look_up, padded_vocabulary, word_logits
-from qwen3_jax.parallel.word_losses import word_losses
+from qwen3_jax.parallel.word_losses import WeightedLoss, weighted_word_loss, word_losses
 
 
 class Embed(nnx.Module):
@@ -40,3 +40,9 @@ class Embed(nnx.Module):
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
         """Negative log-probability of each label, and the log of each softmax's normaliser, without all logits at once."""
         return word_losses(self.weight[...], hidden, labels, self.words)
+
+    def weighted_loss(
+        self, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"], weights: Float[Array, "B T"], z_loss: float
+    ) -> WeightedLoss:
+        """The same summed over tokens by these weights, which costs a product less where it is differentiated."""
+        return weighted_word_loss(self.weight[...], hidden, labels, weights, self.words, z_loss)

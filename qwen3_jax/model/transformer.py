@@ -45,8 +45,9 @@ class Output:
             logits of all layers, which a program that does not ask for them never holds, would be one of its larger arrays.
         squares: [L_moe, B] float32, sums over them of the squared log of the router's normaliser.
         entropy: [L_moe, B] float32, sums over them of the entropy of the router's probabilities, in nats.
-        losses: [B, T] float32, negative log-probability of each label, or None when no labels were given.
-        normaliser: [B, T] float32, log of the normaliser of each softmax over words, or None.
+        losses: [B, T] float32, negative log-probability of each label, or None unless labels were given without weights.
+        normaliser: [B, T] float32, log of the normaliser of each softmax over words, or None likewise.
+        weighted: their sums over all tokens (qwen3_jax.parallel.word_losses.WeightedLoss), or None unless weights were given.
     """
 
     logits: Any
@@ -60,6 +61,7 @@ class Output:
     entropy: Any
     losses: Any
     normaliser: Any
+    weighted: Any
 
 
 @jax.tree_util.register_dataclass
@@ -146,6 +148,8 @@ class Qwen3(nnx.Module):
         output: Literal["logits", "hidden"] = "logits",
         *,
         labels: Int[Array, "B T"] | None = None,
+        weights: Float[Array, "B T"] | None = None,
+        z_loss: float = 0.0,
         fresh: bool = False,
         remat: str = "none",
         layers: Sequence[Layer] | None = None,
@@ -164,6 +168,9 @@ class Qwen3(nnx.Module):
             output: "hidden" leaves the logits out.
             labels: the word that follows each token: asks for the losses, for which never more than a block of tokens' logits
                 are in memory. A negative label's loss should not be counted.
+            weights: how much each label's loss counts, a constant: asks for their weighted sum in place of each one, whose
+                gradient costs a product of tokens by words less.
+            z_loss: with weights, what the squared log of the softmax's normaliser counts beside the loss.
             fresh: the cache is empty: attention then reads the call's own keys, T instead of the cache's S.
             remat: what the backward pass keeps (qwen3_jax.model.remat).
             layers: the layers one by one instead of this model's stacks (qwen3_jax.generation.unstack makes them).
@@ -175,12 +182,13 @@ class Qwen3(nnx.Module):
             ValueError: inputs of wrong rank, dtype or shape, a cache with too few slots, an unknown output or policy.
         """
         _check_inputs(self.config, tokens, positions, segment_ids, labels, cache, output, fresh)
+        _check_weights(weights, z_loss, labels)
         # A call with a cache keeps sequences whole: one token is not split.
         rules = self.rules if cache is None else self.rules.replace(seq=None)
         with use_rules(rules):
             if not meshless():
                 check_batch(rules, jax.sharding.get_abstract_mesh(), *tokens.shape)
-            return self._run(tokens, positions, segment_ids, labels, cache, output, fresh, remat, layers)
+            return self._run(tokens, positions, segment_ids, labels, weights, z_loss, cache, output, fresh, remat, layers)
 
     def _run(
         self,
@@ -188,6 +196,8 @@ class Qwen3(nnx.Module):
         positions: Int[Array, "B T"] | None,
         segment_ids: Int[Array, "B T"] | None,
         labels: Int[Array, "B T"] | None,
+        weights: Float[Array, "B T"] | None,
+        z_loss: float,
         cache: Cache | None,
         output: str,
         fresh: bool,
@@ -204,9 +214,11 @@ class Qwen3(nnx.Module):
             carry, routed = _layers(blocks, carry, places, range(len(layers)), repeats)
             routed = [] if routed is None else [routed]
         x, key_values = carry
-        x = self.norm(x)
-        losses = normaliser = None
-        if labels is not None:
+        x = self.norm(x, together=True)
+        losses = normaliser = weighted = None
+        if labels is not None and weights is not None:
+            weighted = self._head.weighted_loss(x, in_shard_order(labels), in_shard_order(weights), z_loss)
+        elif labels is not None:
             # In the shards' order: two numbers of each token are brought into the text's instead of all of its state.
             found = jnp.stack(self._head.losses(x, in_shard_order(labels)))
             losses, normaliser = in_text_order(found, axis=2)
@@ -236,6 +248,7 @@ class Qwen3(nnx.Module):
             entropy=entropy,
             losses=losses,
             normaliser=normaliser,
+            weighted=weighted,
         )
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -346,6 +359,20 @@ def _check_inputs(
                 f"{reach} slots with dual_chunk_attention_config: up to chunk_size - local_size = {whole} it equals plain "
                 "attention and is served; longer needs dual chunk attention, which is not built yet"
             )
+
+
+def _check_weights(weights: jax.Array | None, z_loss: float, labels: jax.Array | None) -> None:
+    if weights is None:
+        if z_loss:
+            raise ValueError(f"z_loss={z_loss} without weights: accepted is 0, or weights of the labels beside it")
+        return
+    if labels is None:
+        raise ValueError("weights without labels: they say how much each label's loss counts")
+    if not isinstance(weights, jax.Array | np.ndarray) or not jnp.issubdtype(weights.dtype, jnp.floating):
+        found = getattr(weights, "dtype", type(weights).__name__)
+        raise ValueError(f"weights must be an array of floats [B, T], found {found}")
+    if weights.shape != labels.shape:
+        raise ValueError(f"weights is {list(weights.shape)}, labels are {list(labels.shape)}: the shapes must be equal")
 
 
 def _check_segments(segments: np.ndarray) -> None:

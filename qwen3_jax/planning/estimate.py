@@ -3,9 +3,9 @@
 All figures are of one device and one step. The letters: t tokens of a device, b its rows, L layers, D embed, N and K query
 and key heads, H head_dim, F width, E experts, k of them per token, V words, S keys that a query sees on average. Products are
 in bfloat16, weights, gradients and optimizer of training in float32. A forward product of m parameters with t tokens is 2 m t
-FLOPs and its backward pass twice that. With remat a layer's forward pass is made twice; experts and the head make theirs
-again by themselves. In lora the model is frozen, in bfloat16, float32 or codes: of its matrices the backward pass has one
-product, of the adapters two, and gradients and optimizer are of these alone.
+FLOPs and its backward pass twice that. With remat a layer's forward pass is made twice; experts make theirs again by
+themselves, the head makes its gradient with its loss. In lora the model is frozen, in bfloat16, float32 or codes: of its
+matrices the backward pass has one product, of the adapters two, and gradients and optimizer are of these alone.
 """
 
 import collections
@@ -85,7 +85,7 @@ def device_flops(job: Job, cut: Shares) -> float:
     headed = job.batch / cut.batch if job.mode == "prefill" else t
     # Tokens that travel to a shard of the words come from as many devices as share it with them.
     head = 2 * headed * d * config.vocab_size * cut.devices(cut.travelling) / cut.vocab
-    return passes(job) * layers * t + (passes(job) + job.adapts) * scores * t + (4 - job.adapts if job.trains else 1) * head
+    return passes(job) * layers * t + (passes(job) + job.adapts) * scores * t + (3 - job.adapts if job.trains else 1) * head
 
 
 def cache_bytes(job: Job, cut: Shares) -> float:

@@ -164,12 +164,13 @@ def _journeys(job: Job, cut: Shares) -> float:
 def _words(job: Job, cut: Shares) -> float:
     """Logits of all tokens that come to this device's words, written and read in float32.
 
-    In training their gradient is written and read twice in bfloat16, and the words' own is read and written for each block.
+    In training they are read for each product of their gradient again, which is made where it is multiplied; for each block the
+    words are read twice in bfloat16, and their gradient is read and written.
     """
     config, words = job.config, job.config.vocab_size / cut.vocab
     headed = job.batch / cut.batch if job.mode == "prefill" else cut.tokens(job)
     logits = headed * cut.devices(cut.travelling) * words
     if not job.trains:
         return 2 * FLOAT * logits
-    summed = 0.0 if job.adapts else 2 * FLOAT * words * config.hidden_size * logits / LOGITS
-    return (2 * FLOAT + 3 * HALF) * logits + summed
+    of_words = 2 * HALF + (0 if job.adapts else 2 * FLOAT)
+    return (4 - job.adapts) * FLOAT * logits + of_words * words * config.hidden_size * logits / LOGITS

@@ -44,7 +44,7 @@ class Objective:
 
 def gradient(
     objective: Objective,
-    run: Callable[[Any, Any], Any],
+    run: Callable[..., Any],
     params: Any,
     batch: Any,
     scale: Float[Array, ""] | float = 1.0,
@@ -53,7 +53,8 @@ def gradient(
 
     Args:
         objective: the weights.
-        run: parameters and rows to the model's Output, with its losses.
+        run: parameters and rows to the model's Output; by `labels`, `weights` and `z_loss`, which go to the model, it has the
+            weighted loss. A pass that only counts what experts are chosen gives none.
         params: what is differentiated.
         batch: the rows (qwen3_jax.parallel.batches.Batch), a multiple of `parts` of them.
         scale: what the loss is multiplied by before, and the gradient divided by after.
@@ -69,9 +70,8 @@ def gradient(
     real = at_least_something(real)
 
     def loss(params: Any, part: Any, seen: Any) -> tuple[jax.Array, dict[str, Any]]:
-        out = run(params, part)
         weights = label_weights(part.labels, part.mask)
-        words, squares = ((x * weights).sum() / normaliser for x in (out.losses, jnp.square(out.normaliser)))
+        out = run(params, part, labels=part.labels, weights=weights, z_loss=objective.z_loss)
         counts = jax.lax.stop_gradient(out.counts.sum(axis=1))
         held = (
             counts if objective.balance_over == "microbatch" else seen if objective.balance_over == "exact" else seen + counts
@@ -81,9 +81,10 @@ def gradient(
         shares = held.sum(axis=0) * objective.top_k / at_least_something(held.sum())
         balance = experts * (shares * out.probabilities.sum(axis=(0, 1))).sum() / rows
         router_z = out.squares.sum() / rows
-        value = words + objective.z_loss * squares + objective.balance * balance + objective.router_z_loss * router_z
+        # What all labels weigh is divided by here and not in their weights, which so stay in a 16-bit float's range.
+        value = out.weighted.objective / normaliser + objective.balance * balance + objective.router_z_loss * router_z
         metrics = dict(
-            loss=words,
+            loss=out.weighted.losses / normaliser,
             balance_loss=balance,
             router_z_loss=router_z,
             router_entropy=out.entropy.sum(axis=1) / real,

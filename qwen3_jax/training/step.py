@@ -138,9 +138,9 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
     def step(state: TrainState, frozen: Any, batch: Batch, graph: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        def run(params: Any, rows: Batch) -> Output:
+        def run(params: Any, rows: Batch, **loss: Any) -> Output:
             model = nnx.merge(graph, params) if frozen is None else nnx.merge(graph, params, frozen)
-            return model(rows.tokens, segment_ids=rows.segment_ids, labels=rows.labels, output="hidden", remat=remat)
+            return model(rows.tokens, segment_ids=rows.segment_ids, output="hidden", remat=remat, **loss)
 
         grads, metrics = gradient(objective, run, state.params, batch, state.guard.scale if scaling else 1.0)
         metrics["grad_norm"] = norm = optax.tree.norm(grads)

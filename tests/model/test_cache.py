@@ -217,6 +217,18 @@ def test_a_row_of_padding_alone_moves_nothing():
         (jnp.zeros((2, 3), jnp.int32), dict(remat="half"), "remat policy 'half'"),
         (jnp.zeros((2, 3), jnp.int32), dict(remat="save:mlp"), "unknown: mlp"),
         (jnp.zeros((2, 0), jnp.int32), {}, "no columns"),
+        (jnp.zeros((2, 3), jnp.int32), dict(weights=jnp.ones((2, 3))), "weights without labels"),
+        (jnp.zeros((2, 3), jnp.int32), dict(labels=jnp.zeros((2, 3), jnp.int32), z_loss=0.1), "z_loss=0.1 without weights"),
+        (
+            jnp.zeros((2, 3), jnp.int32),
+            dict(labels=jnp.zeros((2, 3), jnp.int32), weights=jnp.ones((2, 4))),
+            r"weights is \[2, 4\], labels are \[2, 3\]",
+        ),
+        (
+            jnp.zeros((2, 3), jnp.int32),
+            dict(labels=jnp.zeros((2, 3), jnp.int32), weights=jnp.ones((2, 3), jnp.int32)),
+            "weights must be an array of floats .* found int32",
+        ),
     ],
 )
 def test_bad_inputs_are_refused_by_name(tokens, options, says):

@@ -19,7 +19,7 @@ from qwen3_jax.parallel.dispatch import Dispatch
 from qwen3_jax.parallel.mesh import MeshError
 from qwen3_jax.parallel.rules import RULES, Rules
 from qwen3_jax.training.guard import init_guard
-from qwen3_jax.training.losses import cross_entropy, load_balancing_loss, mean_loss
+from qwen3_jax.training.losses import load_balancing_loss, mean_loss
 from qwen3_jax.training.state import TrainState, trained_model
 from tests.model.models import CONFIGS, random_model
 
@@ -221,33 +221,5 @@ def test_no_buffer_holds_the_logits_of_a_shard_s_tokens(monkeypatch, wish):
     others = {math.prod(sizes) // next(n for n in sizes if n in (words, padded, padded // table)) for sizes in with_words}
     assert {16, config.hidden_size} <= others  # a block's logits, and the table's own width
     assert max(others) < of_a_shard
-    # Between shards of a sequence no states are exchanged for the loss, but two numbers of each token.
-    moved = re.findall(r"= \w+\[([\d,]+)\]\S* collective-permute\(", text)
-    assert bool(moved) == (mesh.shape["context"] > 1)
-    assert not any(str(config.hidden_size) in sizes.split(",") for sizes in moved)
-
-
-def test_the_loss_equals_the_plain_one():
-    """Chunked and sharded beside a softmax over all words: losses to 1e-6, the derivatives of both inputs too."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    table, hidden = jax.random.normal(keys[0], (93, 16)), jax.random.normal(keys[1], (8, 6, 16))
-    labels = jax.random.randint(keys[2], (8, 6), 0, 93)
-
-    def plain(table, hidden):
-        return cross_entropy(jnp.einsum("btd,vd->btv", hidden, table[:93]), labels, z_loss=0.1)
-
-    def chunked(table, hidden):
-        return mean_loss(*word_losses.word_losses(table, hidden, labels, 93, 5), labels, z_loss=0.1)
-
-    wanted, wanted_gradients = jax.value_and_grad(plain, (0, 1))(table, hidden)
-    mesh = make_mesh("fsdp=4,tensor=2")
-    with jax.set_mesh(mesh):
-        split = jax.device_put(jnp.pad(table, ((0, 3), (0, 0))), NamedSharding(mesh, RULES.spec("vocab", None, mesh=mesh)))
-        rows = jax.device_put(hidden, NamedSharding(mesh, RULES.spec("batch", "seq", None, mesh=mesh)))
-        labels = jax.device_put(labels, NamedSharding(mesh, RULES.spec("batch", "seq", mesh=mesh)))
-        found, gradients = jax.jit(jax.value_and_grad(chunked, (0, 1)))(split, rows)
-    np.testing.assert_allclose(found, wanted, rtol=1e-6)
-    gradients = jax.tree.map(np.asarray, gradients)
-    np.testing.assert_allclose(gradients[0][:93], wanted_gradients[0], rtol=0, atol=1e-6)
-    np.testing.assert_array_equal(gradients[0][93:], 0)
-    np.testing.assert_allclose(gradients[1], wanted_gradients[1], rtol=0, atol=1e-6)
+    # Between shards of a sequence nothing is exchanged to bring the loss into the text's order.
+    assert "collective-permute(" not in text

@@ -57,7 +57,7 @@ def test_training_s_weights_by_hand():
     assert hbm_parts(given, cut)["dense"] == 36 * tokens * (3 * 4096 + 6 * 12288)
     assert hbm_parts(given, cut)["attention"] == 36 * tokens * (10 * 4096 + 128 * (19 * 32 + 17 * 8))
     logits = 4096 * 151936
-    assert hbm_parts(given, cut)["words"] == pytest.approx(14 * logits + 8 * 151936 * 4096 * logits / 2**25)
+    assert hbm_parts(given, cut)["words"] == pytest.approx(16 * logits + 12 * 151936 * 4096 * logits / 2**25)
 
 
 def test_a_ring_pays_for_every_visit():
