@@ -296,13 +296,28 @@ def _whole(blocks: Any, labels: Any) -> Any:
     return blocks.reshape(-1, *blocks.shape[2:])[: labels.size].reshape(*labels.shape, *blocks.shape[2:])
 
 
+def block_size(tokens: int, rows: int, together: int = 1, block: int | None = None) -> int:
+    """Tokens of a shard that are worked on at a time.
+
+    Args:
+        tokens: all that the shard has.
+        rows: words of a shard.
+        together: shards whose tokens come to the words at once.
+        block: what is asked for in place of LOGITS' share.
+
+    Returns:
+        At most `tokens`; whole tiles of 128 from there on.
+    """
+    size = min(block or max(1, LOGITS // (rows * together)), tokens)
+    return size - size % 128 if size >= 128 else size
+
+
 def _blocks(axes: Axes, weight: Any, block: int | None, *arrays: Any) -> tuple[Any, ...]:
     """[B, T, ...] -> [blocks, tokens of a block, ...], the last block filled up with zeros."""
     count = math.prod(arrays[0].shape[:2])
     mesh = jax.sharding.get_abstract_mesh()
     together = math.prod(mesh.shape[axis] for axis in axes.travelling)
-    size = min(block or max(1, LOGITS // (weight.shape[0] * together)), count)
-    size -= size % 128 if size >= 128 else 0  # whole tiles
+    size = block_size(count, weight.shape[0], together, block)
     number = -(-count // size)
 
     def cut(x: Any) -> Any:

@@ -115,7 +115,7 @@ def device_traffic(job: Job, cut: Shares) -> tuple[Traffic, ...]:
       frozen codes as they are, in two arrays; gradients scattered in float32.
     - float32 gradients reduced over every axis that tokens are split over and a weight is not.
     - in lora the same of the adapters, and no gradients but theirs; sums of r numbers a token over tensor are left out.
-    - hidden states to the vocabulary's shards and back, (p - 1) t D, and their lookup, over the axes that split both.
+    - hidden states to the vocabulary's shards and their gradients back, (p - 1) t D, and their lookup, over the axes that split both.
     - tensor: t D in bfloat16 reduced after attention and after the MLP, in each pass but that of the weights' gradients.
     - expert: tokens with their sums, as the dispatch's own cost model lets them travel (`_dispatched`).
     - context: keys and values gathered in each pass, their gradients scattered.
@@ -172,7 +172,7 @@ def device_traffic(job: Job, cut: Shares) -> tuple[Traffic, ...]:
         add("all-gather", ("context",), 4 * HALF * layers * rows * lost("context"), 8 * layers, "keys and values")
     around = cut.devices(cut.travelling) - 1
     headed = job.batch / cut.batch if job.mode == "prefill" else t
-    states = (HALF * t + HALF * headed) * d + ((HALF + FLOAT) * headed * d if job.trains else 0)
+    states = (HALF * t + HALF * headed) * d + (FLOAT * headed * d if job.trains else 0)
     states += HALF * t * d if job.mode == "train" else 0  # gradients of the words that were looked up
     logits = 0 if job.trains else FLOAT * headed * config.vocab_size / cut.vocab
     add("all-gather", cut.travelling, around * (states + logits), 4 * again, "states to the words and back")

@@ -5,8 +5,10 @@ V words. Counted is what compiled steps of a TPU move, operation by operation (t
 passes is said where it is used. A product reads its input and writes its output in bfloat16.
 """
 
+import math
+
 from pallas_kernels.grouped_matmul.tpu import TILE
-from qwen3_jax.parallel.word_losses import LOGITS
+from qwen3_jax.parallel.word_losses import block_size
 from qwen3_jax.planning.estimate import FLOAT, HALF, cache_bytes, passes
 from qwen3_jax.planning.hlo import LINE
 from qwen3_jax.planning.job import Job
@@ -172,5 +174,6 @@ def _words(job: Job, cut: Shares) -> float:
     logits = headed * cut.devices(cut.travelling) * words
     if not job.trains:
         return 2 * FLOAT * logits
+    size = block_size(int(headed), math.ceil(words), int(cut.devices(cut.travelling)))
     of_words = 2 * HALF + (0 if job.adapts else 2 * FLOAT)
-    return (4 - job.adapts) * FLOAT * logits + of_words * words * config.hidden_size * logits / LOGITS
+    return (4 - job.adapts) * FLOAT * logits + of_words * words * config.hidden_size * math.ceil(headed / size)
