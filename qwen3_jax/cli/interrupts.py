@@ -1,6 +1,6 @@
 """Ctrl-C that is not lost."""
 
-import _thread
+import signal
 import sys
 import threading
 
@@ -14,15 +14,16 @@ def keep_interrupts() -> None:
     one of several processes then waits for the others, who have ended.
     """
     hook = sys.unraisablehook
-    if getattr(hook, "__module__", None) == __name__:
+    main = threading.main_thread().ident
+    if getattr(hook, "__module__", None) == __name__ or main is None or sys.platform == "win32":
         return
 
     def again(told: "sys.UnraisableHookArgs") -> None:
         if not issubclass(told.exc_type, KeyboardInterrupt):
             hook(told)
             return
-        # By another thread and a moment later: now it would be raised in here, where it is ignored too.
-        timer = threading.Timer(AGAIN, _thread.interrupt_main)
+        # A moment later, for now it would be raised in here, where it is ignored too; a signal, which ends what is waited for.
+        timer = threading.Timer(AGAIN, signal.pthread_kill, (main, signal.SIGINT))
         timer.daemon = True
         timer.start()
 
