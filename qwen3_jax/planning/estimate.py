@@ -115,7 +115,8 @@ def device_traffic(job: Job, cut: Shares) -> tuple[Traffic, ...]:
       frozen codes as they are, in two arrays; gradients scattered in float32.
     - float32 gradients reduced over every axis that tokens are split over and a weight is not.
     - in lora the same of the adapters, and no gradients but theirs; sums of r numbers a token over tensor are left out.
-    - hidden states to the vocabulary's shards and their gradients back, (p - 1) t D, and their lookup, over the axes that split both.
+    - hidden states to the vocabulary's shards and their gradients back, (p - 1) t D, and their lookup, over the axes that split
+      both.
     - tensor: t D in bfloat16 reduced after attention and after the MLP, in each pass but that of the weights' gradients.
     - expert: tokens with their sums, as the dispatch's own cost model lets them travel (`_dispatched`).
     - context: keys and values gathered in each pass, their gradients scattered.
