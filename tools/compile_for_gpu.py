@@ -85,7 +85,9 @@ def models(devices: list[jax.Device]) -> Iterator[Program]:
 
     def gradient(model, tokens):
         def loss(model):
-            return model(tokens, segment_ids=tokens, labels=tokens, remat="full", output="hidden").losses.mean()
+            weights = jnp.ones(tokens.shape, jnp.float32)
+            out = model(tokens, segment_ids=tokens, labels=tokens, weights=weights, remat="full", output="hidden")
+            return out.weighted.objective / tokens.size
 
         return jax.grad(loss)(model)
 
