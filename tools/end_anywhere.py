@@ -199,7 +199,7 @@ class Campaign:
                 fits = code == (-KILL if mine else 1)
             elif case.place == "mesh.before":
                 # Python's own way to end by a signal, and the others are told; who comes first ends the rest.
-                fits = code in ((-TERM, 1) if case.how == TERM else (130, 1)) if mine else code == 1
+                fits = code in ((-TERM, 1) if case.how == TERM else (130, 1, -INT)) if mine else code == 1
             elif case.how == TERM:
                 fits = code == 0
             else:
@@ -279,7 +279,7 @@ def anywhere(campaign: Campaign, options: Options) -> None:
         if step > options.steps - 4:
             shutil.rmtree(near / NAME / "checkpoints" / str(step))
     for number, case in enumerate(wanted(LAST)):
-        for at, killed in who(options, number):
+        for at, killed in who(options, number, leader=case.place == "last.report"):
             folder = copied(near, f"last-{number}-{at}-{len(killed)}")
             campaign.signalled(folder, case, at, killed)
             campaign.ends_the_same(folder, f"  {case.said}, started again")
