@@ -114,7 +114,7 @@ def share_compilation_cache() -> bool:
     not compile, would come to the first collective that much earlier: Gloo waits 30 seconds, and ends the run.
 
     Returns:
-        Whether the cache is still used, or there is none. On CPUs of several processes False.
+        Whether the cache is still used, or there is none.
     """
     import jax
 

@@ -36,7 +36,8 @@ def grouped_matmul(
         group_sizes: int32 [G], rows of each group, not negative. Rows past their sum are zero in the output, and get
             no gradient.
         layer: scalar int32, may be traced: which layer of a stack; given iff rhs has 4 axes. Its matrices are read
-            where they lie. The gradient of a stack is a whole stack that is zero elsewhere: to train, pass a layer's slice.
+            where they lie; they are copied by CUDA's kernels, and on a TPU where rhs's dtype is another than lhs's. The
+            gradient of a stack is a whole stack that is zero elsewhere: to train, pass a layer's slice.
         transpose_rhs: the orientation of rhs.
         implementation: "tpu" (megablox), "blocked" (a loop over blocks of rows) or "reference" (every group multiplies all
             rows); None is "tpu" where the program is lowered for a TPU, jax's Mosaic kernels where for CUDA (a Hopper, 16-bit

@@ -61,7 +61,8 @@ def grouped_matmul(
     if layer is not None and rhs.dtype == lhs.dtype:
         # The kernel reads matrix `group - group_offset`, which may count from before the first group: the stack is one long row
         # of matrices, and those of earlier layers are of no group.
-        before = layer * groups
+        # A number past the stack means what it means to `dynamic_index_in_dim`; the kernel would visit no group at all.
+        before = jnp.clip(jnp.where(layer < 0, layer + rhs.shape[0], layer), 0, rhs.shape[0] - 1) * groups
         if rhs.shape[-1] % 128 and not rhs.shape[-2] % 128:
             # Of such a parameter the compiler lays the other axis along the lanes: to be read as it lies it is turned.
             rhs, transpose_rhs = rhs.swapaxes(-1, -2), not transpose_rhs

@@ -19,7 +19,7 @@ def keep_interrupts() -> None:
         return
 
     def again(told: "sys.UnraisableHookArgs") -> None:
-        if not issubclass(told.exc_type, KeyboardInterrupt):
+        if told.exc_type is None or not issubclass(told.exc_type, KeyboardInterrupt):
             hook(told)
             return
         # A moment later, for now it would be raised in here, where it is ignored too; a signal, which ends what is waited for.

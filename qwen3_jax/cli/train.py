@@ -1,11 +1,13 @@
 """`qwen3-jax train RUN.toml [--section.key value ...]`: a run of training, or what it would be."""
 
+import atexit
 import contextlib
 import errno
 import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -107,6 +109,7 @@ def _train(run: "Run", console: "Console", *, keep: bool) -> int:
         try:
             with _one_error(), contextlib.redirect_stdout(cast(TextIO, _Spoken(sys.stdout))):
                 ended = train(run, told, progress.console.print)
+                _deaf_from_here_on()
         except (TrainingError, TrainingCheckpointError) as error:
             cause = error.__cause__
             if isinstance(error, TrainingError) and cause is not None and not isinstance(cause, OSError) and not _ours(cause):
@@ -119,13 +122,19 @@ def _train(run: "Run", console: "Console", *, keep: bool) -> int:
                 raise
             where, accepted = error.filename or run.output, "accepted is a folder with room, and the right to write there"
             return _failed(f"qwen3-jax train: {where} cannot be written: {error.strerror}: {accepted}")
-    # All is written. A second SIGTERM while the interpreter ends, seconds of a busy host, must not make it look killed; a
-    # handler of Python's would be taken away before that end.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not ended.done and run.checkpoint.told_to_end:
         # Not returned: of several processes all end so, and a code that is returned tells the others that one has failed.
         sys.exit(run.checkpoint.told_to_end)
     return 0
+
+
+def _deaf_from_here_on() -> None:
+    """All is written: a second SIGTERM while the process ends, seconds of a busy host, must not make it look killed."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    # Not SIG_IGN yet, which children of a caller that goes on would inherit; handlers of Python's go before its own end.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
 
 
 def _failed(reason: str) -> int:

@@ -106,9 +106,10 @@ def _matrices(job: Job, cut: Shares) -> float:
     """Experts' matrices in the grouped matmuls, three in a forward pass and five in a backward one, and their gradients.
 
     A visit reads those that its c tokens chose, E (1 - (1 - k / E)^c) of all, and one more for each further tile of rows: a
-    matrix is not kept from one tile to the next. In inference they are read where they lie in the stack. A visit's gradient is
-    written and read in bfloat16, and written in float32; in lora there is none. Where tokens travel sums are cleared, each
-    visit reads and writes them, and what was gathered is read and written to be scattered.
+    matrix is not kept from one tile to the next. In inference they are read where they lie in the stack (on GPUs a
+    layer is copied first, which is not counted). A visit's gradient is written and read in bfloat16, and written in float32; in
+    lora there is none. Where tokens travel sums are cleared, each visit reads and writes them, and what was gathered is read
+    and written to be scattered.
     """
     config, choice = job.config, cut.choice
     assert choice is not None  # there are experts

@@ -135,7 +135,7 @@ def test_a_sigterm_after_the_run_does_not_end_its_process(monkeypatch, ended):
     monkeypatch.setattr(train, "train", lambda *given: ended)
     assert main(["train", str(DEMO), "--no-compilation-cache"]) == 0
     os.kill(os.getpid(), signal.SIGTERM)
-    assert not heard and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    assert not heard and callable(signal.getsignal(signal.SIGTERM))
 
 
 @pytest.mark.parametrize("words, kept", [([], True), (["--no-compilation-cache"], False)])

@@ -38,9 +38,8 @@ def test_meshes_are_in_the_order_of_their_compiled_steps():
     # Both figures of a mesh may be 6 % apart, so of steps that are as long to 5 % either may come first.
     for place, wish in enumerate(order):
         assert all(COMPILED[wish][1] < 1.05 * COMPILED[later][1] for later in order[place + 1 :]), wish
-    assert (
-        order[0] == all_of_them[0].wish == min(COMPILED, key=lambda wish: COMPILED[wish][1])
-    )  # the first that a plan compiles
+    shortest = min(COMPILED, key=lambda wish: COMPILED[wish][1])
+    assert order[0] == all_of_them[0].wish == shortest  # the first that a plan compiles
     found = {each.wish: each for each in all_of_them}
     for wish, (size, seconds) in COMPILED.items():
         assert found[wish].hbm_bytes == pytest.approx(size * 1e9, rel=0.06)
