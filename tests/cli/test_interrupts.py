@@ -1,6 +1,7 @@
 """A Ctrl-C that falls into a callback whose errors Python ignores."""
 
 import gc
+import signal
 import sys
 import time
 
@@ -9,7 +10,15 @@ import pytest
 from qwen3_jax.cli.interrupts import keep_interrupts
 
 
-def test_an_interrupt_that_python_ignores_comes_again(monkeypatch):
+@pytest.fixture
+def heard():
+    """Pytest's workers ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_that_python_ignores_comes_again(monkeypatch, heard):
     def interrupted(phase, info):
         gc.callbacks.remove(interrupted)
         raise KeyboardInterrupt

@@ -15,19 +15,22 @@ CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x
 
 
 @pytest.mark.parametrize(
-    "rows, sizes, inner, outer, dtype",
+    "rows, sizes, inner, outer, dtype, layer",
     [
-        (40, (0, 17, 0, 8, 15), 256, 128, "float32"),
-        (50, (0, 0, 41, 0, 0), 128, 96, "float32"),
-        (33, (1, 7, 8, 9, 0), 96, 128, "float32"),
-        (33, (1, 7, 8, 9, 0), 128, 128, "bfloat16"),
-        (9, (0, 0, 0, 0, 0), 256, 128, "float32"),
+        (40, (0, 17, 0, 8, 15), 256, 128, "float32", 1),
+        (50, (0, 0, 41, 0, 0), 128, 96, "float32", 7),
+        (33, (1, 7, 8, 9, 0), 96, 128, "float32", -1),
+        (33, (1, 7, 8, 9, 0), 128, 128, "bfloat16", 1),
+        (9, (0, 0, 0, 0, 0), 256, 128, "float32", 1),
     ],
     ids=["empty groups", "one group and rows of none", "edges of a tile", "another dtype", "no rows"],
 )
 @pytest.mark.parametrize("transposed", [False, True])
-def test_equal_to_the_reference(rows, sizes, inner, outer, dtype, transposed):
-    """Of the second layer of a stack; of matrices with a part of a tile's lanes the kernel is given the other orientation."""
+def test_equal_to_the_reference(rows, sizes, inner, outer, dtype, layer, transposed):
+    """Of the last layer of a stack, by its number or one past it.
+
+    Of matrices with a part of a tile's lanes the kernel is given the other orientation.
+    """
     generator = np.random.default_rng(rows)
     lhs = jnp.asarray(generator.normal(size=(rows, inner)), jnp.float32)
     rhs = jnp.asarray(generator.normal(size=(2, 5, *((outer, inner) if transposed else (inner, outer)))), dtype)
@@ -35,7 +38,7 @@ def test_equal_to_the_reference(rows, sizes, inner, outer, dtype, transposed):
 
     def both(implementation):
         def op(lhs, rhs):
-            options = dict(layer=1, transpose_rhs=transposed, implementation=implementation)
+            options = dict(layer=layer, transpose_rhs=transposed, implementation=implementation)
             return grouped_matmul(lhs, rhs, jnp.asarray(sizes, jnp.int32), **options)
 
         out, pull = jax.vjp(op, lhs, rhs)
