@@ -275,9 +275,9 @@ def anywhere(campaign: Campaign, options: Options) -> None:
     # As it was shortly before its end.
     near = campaign.place / "near"
     shutil.copytree(campaign.straight, near, ignore=shutil.ignore_patterns("exported"))
-    for step, _ in [(int(path.name), path) for path in (near / NAME / "checkpoints").iterdir()]:
-        if step > options.steps - 4:
-            shutil.rmtree(near / NAME / "checkpoints" / str(step))
+    for checkpoint in list((near / NAME / "checkpoints").iterdir()):
+        if int(checkpoint.name) > options.steps - 4:
+            shutil.rmtree(checkpoint)
     for number, case in enumerate(wanted(LAST)):
         for at, killed in who(options, number, leader=case.place == "last.report"):
             folder = copied(near, f"last-{number}-{at}-{len(killed)}")

@@ -38,7 +38,7 @@ class Options:
     """Of how long a signal waits."""
 
 
-def ended_well(found: Start, folder: Path, told: str, processes: int = 2) -> int:
+def ended_well(found: Start, folder: Path, told: str, processes: int) -> int:
     """The step that a start has saved at.
 
     Args:

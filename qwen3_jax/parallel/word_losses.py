@@ -26,11 +26,11 @@ LOGITS = 2**25  # float32 logits of a block on a shard: 128 MiB
 
 
 class WeightedLoss(NamedTuple):
-    """Sums over all tokens, in nats.
+    """Sums over all tokens, in nats: float32 scalars, float64 where hidden states are.
 
     Attributes:
-        objective: float32 scalar, sum of weight (loss + z_loss normaliser^2); the one to differentiate.
-        losses: float32 scalar, sum of weight x loss, to look at: no gradient goes through it.
+        objective: sum of weight (loss + z_loss normaliser^2); the one to differentiate.
+        losses: sum of weight x loss, to look at: no gradient goes through it.
     """
 
     objective: Any
